@@ -1,0 +1,1 @@
+"""The harness: what runs, where, in which order, and what is kept."""
