@@ -1,0 +1,318 @@
+"""Intervals and paired comparisons from per-image scores.
+
+Per-image scores are a table (pyarrow or pandas) with the columns ``track, method, variant, subject, seed, image_id,
+metric, value``. Seeds of one row are repeats of the same measurement and are averaged first.
+
+**Crossed bootstrap.** Every subject sees the same test images, so scores share variance along both. A resample draws
+subjects and images, each with replacement and independently (the pigeonhole bootstrap of Owen, 2007, Ann. Appl. Stat.
+1:386), and an interval is the 2.5 and 97.5 percentile of the resampled means. All rows and metrics share the draws,
+which keeps comparisons paired. What to know when reading an interval:
+
+- With one subject only images are drawn, and the interval speaks for that subject.
+- With few subjects (NSD has 8, its usual evaluation 4) it is too short for a claim about people in general: the
+  percentile method shrinks the between-subject variance by (S - 1) / S. With many images and no difference between
+  subjects it is somewhat too long instead, since noise is counted along both axes.
+- The distractors of a two-way or retrieval score stay as they are; only the scored images are drawn.
+
+**Paired permutation.** Under "A and B are equally good" the names A and B may be swapped on each image. The test
+averages the difference over subjects, flips its sign image by image, and counts how often the mean is at least as far
+from zero. It is exact for up to 13 images. It takes the subjects as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from scipy.stats import false_discovery_control
+
+from leaderboard.schema import Interval
+from metrics.cards import CARDS
+
+COLUMNS = ("track", "method", "variant", "subject", "seed", "image_id", "metric", "value")
+
+Floats = NDArray[np.float64]
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Per-image scores as an array.
+
+    Attributes:
+        values: (rows, metrics, subjects, images), seeds averaged; NaN where a row has no score for a subject and image.
+        undefined: (rows, metrics), true where a stored score was NaN (PixCorr of a flat image, for one).
+        keys: (method, variant) of each row.
+        metrics: metric keys in canonical order.
+        subjects: subject numbers, from 1.
+        image_ids: as text, in numeric order where they are numbers.
+    """
+
+    values: Floats
+    undefined: NDArray[np.bool_]
+    keys: tuple[Key, ...]
+    metrics: tuple[str, ...]
+    subjects: tuple[int, ...]
+    image_ids: tuple[str, ...]
+
+    def row(self, key: Key) -> int:
+        """Index of a row; ``ValueError`` where there is none."""
+        if key not in self.keys:
+            raise ValueError(f"no per-image scores of {' '.join(key).strip()}; there are: {_names(self.keys)}")
+        return self.keys.index(key)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A minus B on one metric.
+
+    Attributes:
+        difference: mean of A minus mean of B, with ``ci_low`` and ``ci_high`` from the crossed bootstrap.
+        p: paired permutation, two-sided.
+        q: p after Benjamini-Hochberg over the metrics compared together.
+        better: "a" or "b" by the metric's direction; "" where the means are equal.
+    """
+
+    metric: str
+    mean_a: float
+    mean_b: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    p: float
+    q: float
+    better: str
+
+
+def scores(table: Any, track: str | None = None) -> Scores:
+    """Arrange a per-image table (pyarrow.Table, pandas.DataFrame, or a mapping of columns) as an array.
+
+    Raises:
+        ValueError: a column is missing, the table is empty or holds several tracks, a metric is unknown.
+    """
+    if not isinstance(table, pa.Table):
+        mapping = isinstance(table, Mapping)
+        table = pa.table(dict(table)) if mapping else pa.Table.from_pandas(table, preserve_index=False)
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise ValueError(f"per-image scores lack the column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
+    if track is not None:
+        table = table.filter(pc.equal(table["track"], track))
+    if table.num_rows == 0:
+        raise ValueError("no per-image scores" + (f" on track '{track}'" if track is not None else ""))
+    tracks = sorted(pc.unique(table["track"]).to_pylist())
+    if len(tracks) > 1:
+        raise ValueError(f"per-image scores of several tracks ({', '.join(tracks)}); they are never compared")
+
+    method, methods = _codes(table["method"])
+    variant, variants = _codes(table["variant"])
+    metric, metrics = _codes(table["metric"])
+    subject, subjects = _codes(table["subject"])
+    image, images = _codes(table["image_id"])
+    unknown = sorted(set(metrics) - set(CARDS))
+    if unknown:
+        raise ValueError(f"unknown metric {', '.join(unknown)}; known: {', '.join(CARDS)}")
+
+    combined, row = np.unique(method * len(variants) + variant, return_inverse=True)
+    keys = tuple((str(methods[code // len(variants)]), str(variants[code % len(variants)])) for code in combined)
+    order = {
+        "metric": sorted(range(len(metrics)), key=lambda code: list(CARDS).index(metrics[code])),
+        "subject": sorted(range(len(subjects)), key=lambda code: int(subjects[code])),
+        "image": sorted(range(len(images)), key=lambda code: _natural(images[code])),
+    }
+    shape = (len(keys), len(metrics), len(subjects), len(images))
+    place = {name: np.argsort(codes) for name, codes in order.items()}
+    flat = np.ravel_multi_index((row, place["metric"][metric], place["subject"][subject], place["image"][image]), shape)
+    value = table["value"].to_numpy().astype(np.float64)
+    size = int(np.prod(shape))
+    count = np.bincount(flat, minlength=size)
+    total = np.bincount(flat, weights=np.nan_to_num(value), minlength=size)
+    with np.errstate(invalid="ignore"):
+        values = (total / count).reshape(shape)
+    values.reshape(-1)[flat[~np.isfinite(value)]] = np.nan
+    undefined = np.any(np.isnan(values) & (count.reshape(shape) > 0), axis=(2, 3))
+    return Scores(
+        values=values,
+        undefined=undefined,
+        keys=keys,
+        metrics=tuple(str(metrics[code]) for code in order["metric"]),
+        subjects=tuple(int(subjects[code]) for code in order["subject"]),
+        image_ids=tuple(str(images[code]) for code in order["image"]),
+    )
+
+
+def bootstrap_means(values: Floats, n_resamples: int = 2000, seed: int = 0) -> Floats:
+    """Means of crossed resamples of ``values`` (..., subjects, images): (n_resamples, ...).
+
+    The draws depend on the seed and on the numbers of subjects and images only, so separate calls stay paired. Absent
+    cells (NaN) weigh nothing. The mean is over all cells that a resample holds.
+    """
+    *leading, n_subjects, n_images = values.shape
+    generator = np.random.default_rng(seed)
+    images = generator.multinomial(n_images, np.full(n_images, 1 / n_images), n_resamples).astype(np.float64)
+    subjects = generator.multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), n_resamples).astype(np.float64)
+
+    def weighted_sum(cells: Floats) -> Floats:
+        by_subject = (images @ cells.reshape(-1, n_images).T).reshape(n_resamples, -1, n_subjects)
+        return np.asarray(np.matmul(by_subject, subjects[:, :, None])[..., 0], dtype=np.float64)
+
+    present = np.isfinite(values)
+    if present.all():
+        means = weighted_sum(values) / (n_subjects * n_images)
+    else:
+        with np.errstate(invalid="ignore"):
+            means = weighted_sum(np.where(present, values, 0.0)) / weighted_sum(present.astype(np.float64))
+    return np.asarray(means.reshape(n_resamples, *leading), dtype=np.float64)
+
+
+def bootstrap_interval(
+    values: Floats, n_resamples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> tuple[Floats, Floats]:
+    """Lower and upper percentile bounds of the mean of ``values`` (..., subjects, images): two arrays (...)."""
+    tail = 50 * (1 - confidence)
+    low, high = np.nanpercentile(bootstrap_means(values, n_resamples, seed), [tail, 100 - tail], axis=0)
+    return low, high
+
+
+def summarise(
+    table: Any, n_resamples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> dict[Key, dict[str, Interval]]:
+    """Mean and interval of every metric of every (method, variant) in a per-image table.
+
+    A metric with an undefined (NaN) score is left out: a mean over the rest would flatter the row.
+    """
+    data = table if isinstance(table, Scores) else scores(table)
+    present = np.isfinite(data.values).any(axis=(2, 3)) & ~data.undefined
+    summary: dict[Key, dict[str, Interval]] = {key: {} for key in data.keys}
+    chosen = data.values[present]
+    low, high = bootstrap_interval(chosen, n_resamples, seed, confidence)
+    means = np.nanmean(chosen, axis=(1, 2))
+    for index, (row, metric) in enumerate(zip(*np.nonzero(present), strict=True)):
+        summary[data.keys[row]][data.metrics[metric]] = Interval(
+            mean=float(means[index]), ci_low=float(low[index]), ci_high=float(high[index])
+        )
+    return summary
+
+
+def permutation_p(differences: Floats, n_permutations: int = 9999, seed: int = 0) -> Floats:
+    """Two-sided sign-flip p of mean zero for ``differences`` (..., images): (...).
+
+    Exact (every pattern of signs) where there are at most ``n_permutations`` patterns; else (1 + hits) / (1 + draws).
+    """
+    *leading, n_images = differences.shape
+    flat = differences.reshape(-1, n_images)
+    exact = 2**n_images <= n_permutations
+    if exact:
+        patterns = np.arange(2**n_images)[:, None] >> np.arange(n_images) & 1
+    else:
+        patterns = np.random.default_rng(seed).integers(0, 2, (n_permutations, n_images), dtype=np.int8)
+    sums = np.abs((1.0 - 2.0 * patterns) @ flat.T)
+    observed = np.abs(flat.sum(axis=1))
+    tolerance = 1e-12 * np.abs(flat).sum(axis=1)  # rounding must not break ties with the observed sum
+    hits = (sums >= observed - tolerance).sum(axis=0)
+    p = hits / len(patterns) if exact else (1 + hits) / (1 + n_permutations)
+    return np.asarray(p, dtype=np.float64).reshape(leading)
+
+
+def compare(
+    table: Any,
+    a: Key,
+    b: Key,
+    *,
+    metrics: Sequence[str] | None = None,
+    n_resamples: int = 2000,
+    n_permutations: int = 9999,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Comparison]:
+    """Compare two rows of a per-image table, image by image, on every metric that both have (or on ``metrics``).
+
+    Args:
+        table: per-image scores of both, or a :class:`Scores`.
+        a: (method, variant) of the first row.
+        b: (method, variant) of the second row; a positive ``difference`` says that A's number is larger.
+        metrics: metric keys; default all that either row has.
+        n_resamples: crossed bootstrap draws.
+        n_permutations: sign-flip draws.
+        seed: of both.
+        confidence: of the interval of the difference.
+
+    Raises:
+        ValueError: a row is absent, the two were scored on different subjects or images, or a score is undefined.
+    """
+    data = table if isinstance(table, Scores) else scores(table)
+    first, second = data.values[data.row(a)], data.values[data.row(b)]
+    undefined = data.undefined[data.row(a)] | data.undefined[data.row(b)]
+    wanted = [
+        index
+        for index, key in enumerate(data.metrics)
+        if (key in metrics if metrics is not None else np.isfinite([first[index], second[index]]).any())
+    ]
+    if metrics is not None and len(wanted) < len(set(metrics)):
+        raise ValueError(f"no per-image scores of {', '.join(k for k in metrics if k not in data.metrics)}")
+    for index in wanted:
+        if undefined[index]:
+            raise ValueError(f"{data.metrics[index]} is undefined (NaN) for an image of {_names((a, b))}")
+        alone_a, alone_b = _alone(first[index], second[index]), _alone(second[index], first[index])
+        if alone_a or alone_b:
+            raise ValueError(
+                f"{data.metrics[index]}: not the same subjects and images: {alone_a} only in {_names((a,))}, "
+                f"{alone_b} only in {_names((b,))}; score both on one test set"
+            )
+    if not wanted:
+        return {}
+    difference = first[wanted] - second[wanted]
+    low, high = bootstrap_interval(difference, n_resamples, seed, confidence)
+    p = np.array([_permutation_over_images(cells, n_permutations, seed) for cells in difference])
+    q = false_discovery_control(p)
+    result = {}
+    for place, index in enumerate(wanted):
+        key = data.metrics[index]
+        mean = float(np.nanmean(difference[place]))
+        gain = mean if CARDS[key].direction == "higher" else -mean
+        result[key] = Comparison(
+            metric=key,
+            mean_a=float(np.nanmean(first[index])),
+            mean_b=float(np.nanmean(second[index])),
+            difference=mean,
+            ci_low=float(low[place]),
+            ci_high=float(high[place]),
+            p=float(p[place]),
+            q=float(q[place]),
+            better="a" if gain > 0 else "b" if gain < 0 else "",
+        )
+    return result
+
+
+def _permutation_over_images(difference: Floats, n_permutations: int, seed: int) -> float:
+    """Sign-flip p of a (subjects, images) difference; an image keeps its weight, the number of subjects that saw it."""
+    per_image = np.nansum(difference, axis=0)[np.isfinite(difference).any(axis=0)]
+    return float(permutation_p(per_image, n_permutations, seed))
+
+
+def _alone(first: Floats, second: Floats) -> int:
+    return int((np.isfinite(first) & ~np.isfinite(second)).sum())
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[Any]]:
+    """Encode a column as codes into its distinct values."""
+    if column.null_count:
+        raise ValueError("per-image scores have an empty cell in track, method, variant, subject, image_id or metric")
+    if pa.types.is_dictionary(column.type):  # its dictionary may hold values that a filter has removed
+        column = column.cast(column.type.value_type)
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def _natural(image_id: Any) -> tuple[int, int, str]:
+    text = str(image_id)
+    return (0, int(text), text) if text.isdigit() else (1, 0, text)
+
+
+def _names(keys: Sequence[Key]) -> str:
+    return ", ".join(" ".join(key).strip() for key in keys)
