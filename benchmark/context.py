@@ -31,3 +31,4 @@ class StageContext:
     device: str
     threads: int
     checkpoint_seconds: float  # how much work may be lost at most
+    data: Path | None = None  # the NSD tree that the user named; its digest, not its place, is in the fingerprint

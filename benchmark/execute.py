@@ -65,6 +65,7 @@ class RunOptions:
     force: bool = False
     position: str = ""  # "[7/48]", shown before the stage's name
     command: str = ""  # the command that a person typed; this process's own where empty
+    data: str = ""  # folder of the NSD tree that --data names
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def _attempt(
                 device=options.device,
                 threads=options.threads,
                 checkpoint_seconds=options.checkpoint_seconds,
+                data=Path(options.data) if options.data else None,
             )
             result = run(context)
         if not isinstance(result, dict):

@@ -1,0 +1,310 @@
+"""What is run: a ``Variant`` and its parts, as frozen models.
+
+One variant is one row of the leaderboard. Every field's default is the paper's value (or the official code's, where the paper is
+silent; the description says which); the ``demo`` preset is a set of other values for the same fields. A setting is addressed by its dotted
+path, such as ``clustering.n_clusters``. Sections are those of "Brain-IT" (ICLR 2026). Light to import: no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from benchmark.data.settings import SimulationSettings
+from benchmark.errors import UserError, did_you_mean
+from benchmark.training_config import (
+    GroupConfig,
+    LinearWarmup,
+    OneCycle,
+    OptimiserConfig,
+    Plateau,
+    TrainingConfig,
+    WarmupPlateau,
+)
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Settings):
+    """Which images and which fMRI."""
+
+    simulation: SimulationSettings | None = Field(
+        None, description="Make a miniature NSD with these settings; None reads the tree that --data names."
+    )
+    image_size: PositiveInt = Field(256, description="Side of the images that are kept and reconstructed (official code).")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Of the training images (paper, App. D).")
+    validation_seed: int = Field(0, ge=0, description="Seed of the validation split; the official split is unpublished.")
+    external_images: int | None = Field(None, ge=0, description="Use at most so many external images; None uses all (Sec. 3.1).")
+
+
+class NetworksConfig(Settings):
+    """The frozen networks, by name (``benchmark.networks``)."""
+
+    encoder: str = Field("dinov2-vitl14-reg4", description="Image backbone of the brain encoder (App. D).")
+    lowlevel: str = Field("vgg16-bn", description="Whose feature maps are the low-level targets (Sec. 3.2).")
+    semantic: str = Field("openclip-bigg14", description="Whose patch tokens are the semantic targets (Sec. 3.2).")
+    generator: str = Field("sdxl-unclip", description="Diffusion model conditioned on the semantic tokens (Sec. 3.2).")
+
+
+class EncoderConfig(Settings):
+    """The Universal Brain Encoder (Beliy et al. 2024; numbers from the official code)."""
+
+    taps: tuple[PositiveInt, ...] = Field((1, 6, 12, 18, 24), description="Blocks whose outputs are read, from 1.")
+    grid: PositiveInt = Field(16, description="Side of the grid of positions that voxels attend to.")
+    input_size: PositiveInt = Field(224, description="Side of the images that the backbone sees.")
+    embed_dim: PositiveInt = Field(256, description="Width of a voxel embedding.")
+    inner: PositiveInt = Field(128, description="Width that each tap is projected to.")
+    dropout: float = Field(0.25, ge=0, lt=1, description="Of the pooled features.")
+    adapter_rank: int = Field(7, ge=0, description="Rank of the residual adapter after each block; 0: none.")
+    voxels_per_example: PositiveInt = Field(5000, description="Sampled with replacement from the image's subject.")
+    max_shift: int = Field(3, ge=0, description="Largest random shift of a training image, in pixels.")
+    batch: PositiveInt = Field(32, description="Images in a step.")
+    training: TrainingConfig = Field(
+        TrainingConfig(
+            optimiser=OptimiserConfig(name="adam-amsgrad", lr=1e-3),
+            schedule=Plateau(),
+            epochs=30,
+            steps_per_epoch=1980,
+            select="correlation",
+            select_mode="max",
+        ),
+        description="Adam (amsgrad) 1e-3, 30 epochs, plateau on the 75th percentile of voxel correlations (official code).",
+    )
+
+
+class ClusteringConfig(Settings):
+    """The voxel-to-cluster mapping (Sec. 3.1, App. A.2 and A.3)."""
+
+    n_clusters: PositiveInt = Field(128, description="Clusters shared by all subjects (Table T3 varies it).")
+    covariance: Literal["full", "tied", "diag", "spherical"] = Field("full", description="Of the mixture's components.")
+    max_iter: PositiveInt = Field(100, description="Of expectation maximisation (scikit-learn's default).")
+
+
+class BranchConfig(Settings):
+    """One Brain Interaction Transformer and its training (Sec. 4, App. D)."""
+
+    dim: PositiveInt = Field(512, description="Width of embeddings and tokens.")
+    depth: PositiveInt = Field(5, description="Cross-transformer blocks after the first cross-attention.")
+    heads: PositiveInt = Field(8, description="Attention heads.")
+    voxels_per_example: PositiveInt | None = Field(15000, description="Sampled with replacement; None takes all.")
+    batch: PositiveInt = Field(64, description="Examples in a step; their subjects are mixed.")
+    external_fraction: float | None = Field(
+        None, ge=0, lt=1, description="Of a batch; None: in proportion to their number, one pool of all samples (official code)."
+    )
+    embedding_init: Literal["random", "encoder"] = Field(
+        "random", description="Voxel embeddings start at random (Sec. 4), or as a random projection of the encoder's."
+    )
+    training: TrainingConfig = Field(
+        TrainingConfig(
+            optimiser=OptimiserConfig(lr=5e-4),
+            schedule=WarmupPlateau(),
+            epochs=60,
+            steps_per_epoch=2900,
+            precision="fp16",
+            select="loss",
+        ),
+        description="AdamW 5e-4, 60 epochs, 15 of them warm-up, then plateau on the validation loss.",
+    )
+
+
+class LowLevelConfig(BranchConfig):
+    """The low-level branch: multi-layer feature tokens, InfoNCE (Sec. 3.2, App. D.1)."""
+
+    width: PositiveInt = Field(512, description="Of a feature token; narrower ones are replicated.")
+    input_size: PositiveInt = Field(112, description="Side of the images that the feature network sees.")
+    layers: tuple[str, ...] = Field(("5", "12", "22", "32", "42"), description="Names of the tapped maps.")
+    windows: tuple[tuple[int, int], ...] = Field(
+        ((2, 2), (2, 1), (1, 1), (1, 1), (1, 1)), description="Window and stride of the merging, for each layer."
+    )
+    sampled: tuple[int, ...] = Field((512, 512, 128, 64, 16), description="Positions drawn per example and layer in training.")
+    standardise: bool = Field(False, description="Bring each channel to mean 0, deviation 1 over the training images.")
+    scale: PositiveFloat = Field(1.0, description="Of the InfoNCE logits (official code: 1, no normalisation).")
+
+
+class SemanticConfig(BranchConfig):
+    """The semantic branch, stage 1: spatial tokens, mean squared error (Sec. 3.2)."""
+
+    batch: PositiveInt = Field(128, description="Examples in a step.")
+
+
+class JointConfig(Settings):
+    """The semantic branch, stage 2: BIT and the diffusion model together (Sec. 3.2)."""
+
+    batch: PositiveInt = Field(16, description="Examples in a micro-batch.")
+    offset_noise: float = Field(0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code).")
+    external_fraction: float | None = Field(None, ge=0, lt=1, description="As in the branches.")
+    training: TrainingConfig = Field(
+        TrainingConfig(
+            optimiser=OptimiserConfig(lr=1e-5),
+            schedule=LinearWarmup(),
+            epochs=10,
+            steps_per_epoch=2900,
+            accumulate=4,
+            precision="fp16",
+            select="loss",
+        ),
+        description="AdamW 1e-5 over the UNet and BIT, warm-up over 1000 steps, 10 epochs.",
+    )
+
+
+class DipConfig(Settings):
+    """Inversion of the predicted feature maps by a deep image prior (Sec. 3.2, App. D.2)."""
+
+    size: PositiveInt = Field(224, description="Side of the image that is optimised (official code).")
+    steps: PositiveInt = Field(2000, description="Optimisation steps (paper; the official code takes 1800).")
+    lr: PositiveFloat = Field(1e-3, description="Of Adam (official code).")
+    channels: PositiveInt = Field(128, description="Of the hourglass network.")
+    skip: PositiveInt = Field(2, description="Skip channels (official code).")
+    depth: PositiveInt = Field(32, description="Channels of its input.")
+    input_noise: float = Field(1 / 30, ge=0, description="Deviation of the noise added to the input at each step.")
+    ema: float = Field(0.99, ge=0, lt=1, description="Decay of the running mean of outputs that is returned.")
+    match_spread: bool = Field(
+        False, description="Scale each layer's predictions to the spread of the true features of training images first."
+    )
+    batch: PositiveInt = Field(16, description="Images inverted side by side; changes no result.")
+
+
+class GenerationConfig(Settings):
+    """Dual-branch generation (Sec. 3.2, App. D.3)."""
+
+    steps: PositiveInt = Field(38, description="Of the Euler sampler, from pure noise to image.")
+    start_step: int = Field(14, ge=0, description="Where the noised low-level image enters.")
+    guidance: float = Field(5.0, ge=0, description="Scale of classifier-free guidance against noise tokens.")
+    offset_noise: float = Field(0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code).")
+    contrast: float = Field(0.8, gt=0, le=1, description="Factor on the output's contrast (official code).")
+    subjects: tuple[int, ...] = Field((1, 2, 5, 7), description="Whose recordings are reconstructed (Table 1).")
+    test_images: PositiveInt | None = Field(None, description="Reconstruct only the first so many; None takes all.")
+    batch: PositiveInt = Field(32, description="Images sampled side by side; changes no result.")
+
+
+class ScoreConfig(Settings):
+    """How reconstructions are scored."""
+
+    protocol: str = Field("brain-it", description="Name of the protocol (python -m metrics protocols).")
+
+
+class Variant(Settings):
+    """One row: what is trained, on what, and how it is scored."""
+
+    track: str = Field("paper", description="Results of different tracks are never ranked together.")
+    seed: int = Field(0, ge=0, description="Seed of every network, batch, and sample.")
+    data: DataConfig = DataConfig()
+    networks: NetworksConfig = NetworksConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    lowlevel: LowLevelConfig = LowLevelConfig()
+    semantic: SemanticConfig = SemanticConfig()
+    joint: JointConfig = JointConfig()
+    dip: DipConfig = DipConfig()
+    generation: GenerationConfig = GenerationConfig()
+    score: ScoreConfig = ScoreConfig()
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Variant:
+        """Return this variant with the dotted ``settings`` changed.
+
+        Raises:
+            UserError: a path that is no setting, or a value that it does not take.
+        """
+        data = self.model_dump()
+        for path, value in settings.items():
+            place: Any = data
+            *parents, last = path.split(".")
+            for name in [*parents, last]:
+                if not isinstance(place, dict) or name not in place:
+                    options = sorted(place) if isinstance(place, dict) else []
+                    raise UserError(f"unknown setting '{path}'{did_you_mean(name, options)}")
+                if place is not None and name != last:
+                    place = place[name]
+            place[last] = value
+        try:
+            return Variant.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"setting {where}: {first['msg']} (given {first['input']!r})") from error
+
+
+def _one_cycle(
+    steps: int, lr: float, validate_every: int, select: str, mode: Literal["min", "max"] = "min", voxel_lr: float | None = None
+) -> TrainingConfig:
+    groups = {"voxels": GroupConfig(lr=voxel_lr, weight_decay=0.0)} if voxel_lr else {}
+    return TrainingConfig(
+        optimiser=OptimiserConfig(lr=lr, groups=groups),
+        schedule=OneCycle(warmup=0.15),
+        steps=steps,
+        validate_every=validate_every,
+        select=select,
+        select_mode=mode,
+        clip=1.0,
+    )
+
+
+def paper() -> Variant:
+    """Return the ``paper`` preset: every field at its default."""
+    return Variant()
+
+
+def demo() -> Variant:
+    """Return the ``demo`` preset: the same method, sized for two CPU cores.
+
+    Voxel embeddings have a rate of their own and no decay, and every step sees all voxels: what the small number of steps needs.
+    All values were chosen on validation images.
+    """
+    bit = {"dim": 96, "depth": 2, "heads": 4, "voxels_per_example": None, "batch": 32, "external_fraction": 0.125}
+    return Variant(
+        track="demo",
+        data=DataConfig(simulation=SimulationSettings(), image_size=64),
+        networks=NetworksConfig(encoder="lite0", lowlevel="lite0", semantic="lite0", generator="demo"),
+        encoder=EncoderConfig(
+            taps=(1, 2, 3, 5, 7),
+            grid=8,
+            input_size=64,
+            embed_dim=48,
+            inner=24,
+            dropout=0.1,
+            adapter_rank=0,
+            voxels_per_example=600,
+            max_shift=0,
+            training=_one_cycle(500, 5e-3, 125, "correlation", "max", voxel_lr=1e-2),
+        ),
+        clustering=ClusteringConfig(covariance="diag"),
+        lowlevel=LowLevelConfig(
+            **bit,
+            width=112,
+            input_size=64,
+            layers=("block0", "block1", "block2", "block3", "block4"),
+            sampled=(32, 32, 16, 8, 8),
+            standardise=True,
+            training=_one_cycle(400, 3e-3, 100, "loss", voxel_lr=2e-2),
+        ),
+        semantic=SemanticConfig(**bit, training=_one_cycle(400, 3e-3, 100, "loss", voxel_lr=2e-2)),
+        joint=JointConfig(training=_one_cycle(60, 3e-4, 30, "loss"), external_fraction=0.0),
+        dip=DipConfig(size=64, steps=100, lr=1e-2, channels=12, skip=4, depth=16, ema=0.9, match_spread=True, batch=24),
+        generation=GenerationConfig(steps=24, start_step=9, guidance=2.0, contrast=1.0, batch=48),
+        score=ScoreConfig(protocol="demo"),
+    )
+
+
+PRESETS = {"demo": demo, "paper": paper}
+
+QUICK = {
+    "data.simulation": SimulationSettings(subjects=4, unique=200, shared=16, voxels=600, external=300),
+    "encoder.training.steps": 150,
+    "encoder.training.validate_every": 75,
+    "lowlevel.training.steps": 120,
+    "lowlevel.training.validate_every": 60,
+    "semantic.training.steps": 120,
+    "semantic.training.validate_every": 60,
+    "joint.training.steps": 12,
+    "joint.training.validate_every": 12,
+    "dip.steps": 60,
+    "generation.subjects": (1, 2),
+    "generation.test_images": 12,
+}
+"""What ``--quick`` changes in the demo preset: fewer images and steps, for a look and for tests."""

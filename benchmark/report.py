@@ -1,0 +1,194 @@
+"""From finished stages to the leaderboard: result rows, the table on the terminal, ``leaderboard.json`` and ``index.html``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from benchmark.config import Variant
+from benchmark.graph import Stage
+from benchmark.stages import VariantStages
+from benchmark.store import MANIFEST, Store, read_json
+from benchmark.sweeps import Sweep
+from leaderboard import Axis, Cost, Gallery, Manifest, Ranking, Row, build, compare, summarise, write_row
+from metrics.protocols import PROTOCOLS, Protocol
+
+METHOD = "Brain-IT"
+GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
+BRANCHES = {"lowlevel": "low-level image alone", "semantic": "semantic image alone"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a sweep came to."""
+
+    ranking: Ranking
+    notes: Mapping[str, str]
+    sentences: tuple[str, ...]
+    page: Path
+
+
+def write_report(
+    out: Path, store: Store, sweep: Sweep, variants: Mapping[str, Variant], stages: Mapping[str, VariantStages], main: str
+) -> Report:
+    """Write the leaderboard of a finished sweep.
+
+    Args:
+        out: folder of the run; the leaderboard goes to ``out/leaderboard``.
+        store: where the stages' results are.
+        sweep: what was swept.
+        variants: variant name -> settings, of those that finished.
+        stages: variant name -> stages, likewise.
+        main: the variant whose branches and shuffled images stand in the table.
+    """
+    about = read_json(store.folder(stages[main].score) / "protocol.json")
+    protocol = PROTOCOLS[about["protocol"]]
+    tables = [_scores(store, s.score, {"combined": (METHOD, name)}) for name, s in stages.items()]
+    branch_names = {kind: (METHOD, f"{main}, {title}") for kind, title in BRANCHES.items()}
+    tables.append(_scores(store, stages[main].score, branch_names))
+    reference_names = {"mean image": ("reference", "mean image"), "shuffled": ("reference", "shuffled")}
+    tables.append(_scores(store, stages[main].references, reference_names))
+    per_image = pa.concat_tables(tables)
+    intervals = summarise(per_image)
+    common: dict[str, Any] = {
+        "track": variants[main].track,
+        "protocol": protocol.name,
+        "protocol_hash": about["protocol_hash"],
+        "subjects": tuple(about["subjects"]),
+        "seeds": (variants[main].seed,),
+        "n_images": about["n_images"],
+    }
+    rows = []
+    for name, own in stages.items():
+        folder = store.folder(own.score)
+        rows.append(
+            Row(
+                method=METHOD,
+                variant=name,
+                metrics=intervals[METHOD, name],
+                cost=_cost(store, own),
+                manifest=_manifest(store, own, variants[name]),
+                source=_relative(folder, out),
+                **common,
+            )
+        )
+    for method, variant in branch_names.values():
+        source = _relative(store.folder(stages[main].score), out)
+        rows.append(Row(method=method, variant=variant, kind="branch", metrics=intervals[method, variant], source=source, **common))
+    source = _relative(store.folder(stages[main].references), out)
+    for method, variant in reference_names.values():
+        rows.append(Row(method=method, variant=variant, kind="reference", metrics=intervals[method, variant], source=source, **common))
+    rows.append(
+        Row(method="reference", variant="chance", kind="reference", metrics=_chance(protocol, about["n_images"]), source="by arithmetic", **common)
+    )
+    folder = out / "leaderboard"
+    for row in rows:
+        if row.kind == "method":
+            write_row(folder / "results", row)
+    notes = {key: protocol.describe(key) for key in protocol.slots}
+    galleries = [g for name, own in stages.items() for g in _galleries(store, own, name)]
+    axis = Axis(sweep.axis.name, {sweep.variant(v): float(v) for v in sweep.axis.values if _is_number(v)}, log=sweep.axis.log)
+    ranking = build(folder, rows, per_image, galleries, axis if axis.values else None, notes, title=sweep.title, about=sweep.question)
+    return Report(ranking, notes, _sentences(per_image, branch_names["lowlevel"]), folder / "index.html")
+
+
+def _sentences(per_image: pa.Table, lowlevel: tuple[str, str]) -> tuple[str, ...]:
+    """Say whether the low-level image beats the mean image in PixCorr, image by image."""
+    found = compare(per_image, lowlevel, ("reference", "mean image"), metrics=["PixCorr"])["PixCorr"]
+    words = "above" if found.difference > 0 else "below"
+    return (
+        f"low-level image ({lowlevel[1].split(',')[0]}): PixCorr {abs(found.difference):.3f} {words} the mean image's "
+        f"(paired over images, 95 % CI {found.ci_low:+.3f} to {found.ci_high:+.3f}, p = {found.p:.2g})",
+    )
+
+
+def _scores(store: Store, stage: Stage, names: Mapping[str, tuple[str, str]]) -> pa.Table:
+    """Read a stage's per-image scores; keep the variants in ``names`` and give them these (method, variant)."""
+    table = pq.read_table(store.folder(stage) / "scores.parquet")
+    parts = []
+    for variant, (method, name) in names.items():
+        part = table.filter(pc.equal(table["variant"], variant))
+        for column, value in (("method", method), ("variant", name)):
+            place = part.schema.get_field_index(column)
+            part = part.set_column(place, column, pa.array([value] * len(part), pa.string()))
+        parts.append(part)
+    return pa.concat_tables([part.replace_schema_metadata() for part in parts])
+
+
+def _chance(protocol: Protocol, n_images: int) -> dict[str, Any]:
+    """Return what guessing scores: one half in two-way identification, 1 in N in retrieval."""
+    values = {"identification": 0.5, "retrieval": 1 / (protocol.retrieval.n or n_images)}
+    return {key: {"mean": values[slot.measure]} for key, slot in protocol.slots.items() if slot.measure in values}
+
+
+def _cost(store: Store, stages: VariantStages) -> Cost:
+    statuses = [store.status(stage) for stage in stages.chain]
+    wall = sum(status.get("wall_s", 0.0) for status in statuses)
+    on_gpu = sum(s.get("wall_s", 0.0) * stage.resources.gpus for s, stage in zip(statuses, stages.chain, strict=True) if s.get("device") != "cpu")
+    trained = [store.status(stage).get("summary", {}).get("parameters", 0) for stage in (stages.encoder, stages.lowlevel, stages.joint)]
+    return Cost(
+        gpu_hours=on_gpu / 3600,
+        wall_s=wall,
+        peak_memory_bytes=max(status.get("peak_memory_bytes", 0) for status in statuses),
+        parameters=sum(trained),
+    )
+
+
+def _manifest(store: Store, stages: VariantStages, variant: Variant) -> Manifest:
+    made = read_json(store.folder(stages.score) / MANIFEST)
+    git = made.get("git")
+    seeds = {"variant": variant.seed, "validation split": variant.data.validation_seed}
+    if variant.data.simulation is not None and "nsd" in stages.prepare.upstream:
+        seeds["simulation"] = variant.data.simulation.seed
+    weights = {role: digest for stage in stages.chain for role, digest in stage.digests.items() if stage is not stages.prepare}
+    data = {"prepared": stages.prepare.fingerprint, **stages.prepare.digests}
+    return Manifest(
+        git=None if not git else git["revision"] + ("+dirty" if git["dirty"] else ""),
+        packages=made["packages"],
+        hardware={key: str(value) for key, value in made["hardware"].items()},
+        seeds=seeds,
+        data=data,
+        weights=weights,
+    )
+
+
+def _galleries(store: Store, stages: VariantStages, name: str) -> list[Gallery]:
+    folder = store.folder(stages.reconstruct)
+    index = np.load(folder / "index.npy")
+    table = pq.read_table(store.folder(stages.score) / "scores.parquet", filters=[("metric", "=", "PixCorr")]).to_pylist()
+    pixcorr = {(row["subject"], row["image_id"], row["variant"]): row["value"] for row in table}
+    shown = np.unique(index[:, 1])[:GALLERY_IMAGES]
+    galleries = []
+    for subject, image in index.tolist():
+        if image not in shown:
+            continue
+        file = f"subj{subject:02d}_nsd{image:05d}.png"
+        galleries.append(
+            Gallery(
+                name,
+                subject,
+                image,
+                folder / "seen" / f"nsd{image:05d}.png",
+                *(folder / kind / file for kind in ("lowlevel", "semantic", "combined")),
+                pixcorr={kind: pixcorr[subject, image, kind] for kind in ("lowlevel", "semantic", "combined")},
+            )
+        )
+    return galleries
+
+
+def _relative(folder: Path, out: Path) -> str:
+    return str(folder.relative_to(out)) if folder.is_relative_to(out) else str(folder)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+

@@ -1,0 +1,205 @@
+"""The stages that make up a variant, in the order in which the data flows; one module each.
+
+Imports no torch: the functions that run are named, not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmark.config import BranchConfig, Variant
+from benchmark.data.settings import SIMULATION_VERSION
+from benchmark.graph import Resources, Stage
+from benchmark.weights import network_digests, weights_digest
+from metrics.protocols import PROTOCOLS
+
+GPU = Resources(gpus=1, cpus=8, memory_gb=64, hours=24)
+JOINT = Resources(gpus=4, cpus=32, memory_gb=256, hours=24)
+
+
+@dataclass(frozen=True)
+class VariantStages:
+    """The stages of one variant, by role."""
+
+    prepare: Stage
+    encoder: Stage
+    clusters: Stage
+    lowlevel: Stage
+    semantic: Stage
+    joint: Stage
+    reconstruct: Stage
+    score: Stage
+    references: Stage
+
+    @property
+    def chain(self) -> tuple[Stage, ...]:
+        """The stages that the variant's cost is made of."""
+        found: dict[str, Stage] = {}
+
+        def visit(stage: Stage) -> None:
+            for upstream in stage.upstream.values():
+                visit(upstream)
+            found.setdefault(stage.fingerprint, stage)
+
+        visit(self.score)
+        return tuple(found.values())
+
+
+def variant_stages(variant: Variant, label: str, data_digest: str | None = None) -> VariantStages:
+    """Return the stages of ``variant``.
+
+    Args:
+        variant: what to run.
+        label: how people know it, e.g. ``clusters=128``.
+        data_digest: SHA-256 of the NSD tree that ``--data`` names; None simulates one.
+
+    Raises:
+        UserError: a network that this release cannot load.
+    """
+    seed, networks = variant.seed, variant.networks
+    weights = network_digests(networks.model_dump())
+
+    def dump(part: Any) -> dict[str, Any]:
+        return part.model_dump(mode="json")
+
+    def branch(part: BranchConfig) -> dict[str, Any]:
+        return {**dump(part), "seed": seed}
+
+    prepare_upstream: dict[str, Stage] = {}
+    digests: dict[str, str] = {}
+    if data_digest is None:
+        assert variant.data.simulation is not None, "a variant without a simulation needs --data"
+        prepare_upstream["nsd"] = Stage(
+            name="simulate",
+            run="benchmark.stages.prepare:run_simulate",
+            config={"settings": asdict(variant.data.simulation)},
+            code_version=SIMULATION_VERSION,
+        )
+    else:
+        digests["nsd"] = data_digest
+    data = variant.data
+    prepare = Stage(
+        name="prepare",
+        run="benchmark.stages.prepare:run",
+        config={
+            "image_size": data.image_size,
+            "validation_fraction": data.validation_fraction,
+            "validation_seed": data.validation_seed,
+            "external_images": data.external_images,
+        },
+        upstream=prepare_upstream,
+        digests=digests,
+    )
+    targets = Stage(
+        name="targets",
+        run="benchmark.stages.targets:run",
+        config={
+            **dump(networks),
+            "taps": list(variant.encoder.taps),
+            "adapter_rank": variant.encoder.adapter_rank,
+            "grid": variant.encoder.grid,
+            "encoder_size": variant.encoder.input_size,
+            "lowlevel_size": variant.lowlevel.input_size,
+            "layers": list(variant.lowlevel.layers),
+        },
+        upstream={"data": prepare},
+        digests=weights,
+        resources=GPU,
+    )
+    shared = {"data": prepare, "targets": targets}
+    encoder_config = {**dump(variant.encoder), "seed": seed}
+    encoder = Stage(
+        name="encoder", run="benchmark.stages.encoder:run", config=encoder_config, upstream=shared, resources=GPU
+    )
+    external = Stage(
+        name="external",
+        run="benchmark.stages.encoder:run_external",
+        config={name: encoder_config[name] for name in ("taps", "embed_dim", "inner", "dropout")},
+        upstream={**shared, "encoder": encoder},
+        resources=GPU,
+    )
+    clusters = Stage(
+        name="clusters",
+        run="benchmark.stages.encoder:run_clusters",
+        config={**dump(variant.clustering), "seed": seed},
+        upstream={"encoder": encoder},
+        label=label,
+    )
+    bit_upstream = {**shared, "encoder": encoder, "external": external, "clusters": clusters}
+    lowlevel = Stage(
+        name="lowlevel",
+        run="benchmark.stages.bit:run_lowlevel",
+        config=branch(variant.lowlevel),
+        upstream=bit_upstream,
+        label=label,
+        resources=GPU,
+    )
+    semantic = Stage(
+        name="semantic",
+        run="benchmark.stages.bit:run_semantic",
+        config=branch(variant.semantic),
+        upstream=bit_upstream,
+        label=label,
+        resources=GPU,
+    )
+    bit_sizes = {name: branch(variant.semantic)[name] for name in ("dim", "depth", "heads", "voxels_per_example")}
+    joint = Stage(
+        name="joint",
+        run="benchmark.stages.bit:run_joint",
+        config={**dump(variant.joint), "seed": seed, "bit": bit_sizes, "generator": networks.generator},
+        upstream={"data": prepare, "targets": targets, "clusters": clusters, "external": external, "semantic": semantic},
+        digests={"generator": weights["generator"]},
+        label=label,
+        resources=JOINT,
+    )
+    low = dump(variant.lowlevel)
+    reconstruct = Stage(
+        name="reconstruct",
+        run="benchmark.stages.reconstruct:run",
+        config={
+            "seed": seed,
+            "generation": {k: v for k, v in dump(variant.generation).items() if k != "batch"},
+            "dip": {k: v for k, v in dump(variant.dip).items() if k != "batch"},
+            "batch": {"dip": variant.dip.batch, "generation": variant.generation.batch},
+            "semantic": {name: bit_sizes[name] for name in ("dim", "depth", "heads")},
+            "lowlevel": {
+                name: low[name]
+                for name in ("dim", "depth", "heads", "width", "input_size", "layers", "windows", "sampled", "standardise")
+            },
+            "lowlevel_network": networks.lowlevel,
+            "generator": networks.generator,
+        },
+        upstream={"data": prepare, "targets": targets, "clusters": clusters, "lowlevel": lowlevel, "joint": joint},
+        digests={role: weights[role] for role in ("generator", "lowlevel")},
+        label=label,
+        resources=GPU,
+    )
+    protocol = PROTOCOLS[variant.score.protocol]
+    score_config = {"protocol": protocol.name, "track": variant.track, "seed": seed}
+    judges = _judges(protocol.networks)
+    score = Stage(
+        name="score",
+        run="benchmark.stages.score:run",
+        config=score_config,
+        upstream={"reconstruct": reconstruct},
+        digests=judges,
+        label=label,
+        resources=GPU,
+    )
+    references = Stage(
+        name="references",
+        run="benchmark.stages.score:run_references",
+        config=score_config,
+        upstream={"data": prepare, "reconstruct": reconstruct},
+        digests=judges,
+        label=label,
+        resources=GPU,
+    )
+    return VariantStages(prepare, encoder, clusters, lowlevel, semantic, joint, reconstruct, score, references)
+
+
+def _judges(names: Mapping[str, Any]) -> dict[str, str]:
+    network_digests({"judge": name for name in names})  # refuses what cannot be loaded
+    return {name: weights_digest(name) for name in names}

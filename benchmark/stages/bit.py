@@ -1,0 +1,323 @@
+"""Stages ``lowlevel``, ``semantic`` and ``joint``: training of the two Brain Interaction Transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmark import networks
+from benchmark.context import StageContext
+from benchmark.stages.encoder import load_mapping
+from benchmark.stages.prepare import Prepared
+from benchmark.stages.targets import LowLevelTargets
+from benchmark.training import train
+from benchmark.training_config import TrainingConfig
+from methods.brain_it.losses import multi_layer_info_nce
+from methods.brain_it.tokenizer import VoxelLayout, sample_voxels
+from methods.brain_it.transformer import BIT
+from methods.brain_it.unclip import diffusion_loss
+
+VALIDATION_SEED = 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Recordings (measured or predicted) and the target rows of what they show."""
+
+    betas: Tensor  # B x most voxels, zero-padded
+    subject: Tensor  # B, position of the subject
+    rows: np.ndarray  # B, target rows
+
+
+class Pool:
+    """What a BIT trains on: every subject's own recordings, and the external images with predicted recordings.
+
+    Args:
+        data: the prepared data.
+        external: folder of stage ``external``.
+        fraction: external share of a batch; None shuffles all samples together, each once an epoch (official code).
+        seed: of the epochs' order.
+    """
+
+    def __init__(self, data: Prepared, external: Path, fraction: float | None, seed: int) -> None:
+        self.data, self.fraction, self.seed = data, fraction, seed
+        self.samples = data.samples(data.train_ids)
+        self.rows = data.target_rows(self.samples.image)
+        self.predicted = np.load(external / "betas.npy", mmap_mode="r")
+        self.starts = np.concatenate([[0], np.cumsum(data.n_voxels)])
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def draw(self, size: int, step: int, generator: torch.Generator) -> Batch:
+        """Return the batch of micro-step ``step``; subjects are mixed, an external image gets a random one."""
+        real = len(self.samples)
+        if self.fraction is None:
+            pick = self._in_epochs(size, step)
+        else:
+            external = round(self.fraction * size) if len(self.predicted) else 0
+            own = torch.randint(real, (size - external,), generator=generator)
+            other = torch.randint(max(1, len(self.predicted)), (external,), generator=generator) + real
+            pick = torch.cat([own, other]).numpy()
+        guests = torch.randint(len(self.data.subjects), (size,), generator=generator).numpy()
+        measured = pick < real
+        clipped = np.minimum(pick, real - 1)
+        subject = np.where(measured, self.samples.subject[clipped], guests)
+        rows = np.where(measured, self.rows[clipped], pick - real + len(self.data.target_ids))
+        betas = np.zeros((size, max(self.data.n_voxels)), np.float32)
+        for k in range(size):
+            s, count = subject[k], self.data.n_voxels[subject[k]]
+            if measured[k]:
+                betas[k, :count] = self.data.betas[s][self.samples.row[pick[k]]]
+            else:
+                betas[k, :count] = self.predicted[pick[k] - real, self.starts[s] : self.starts[s + 1]]
+        return Batch(torch.from_numpy(betas), torch.from_numpy(subject), rows)
+
+    def _in_epochs(self, size: int, step: int) -> np.ndarray:
+        total = len(self.samples) + len(self.predicted)
+        positions = np.arange(step * size, (step + 1) * size)
+        out = np.empty(size, np.int64)
+        for epoch in np.unique(positions // total):
+            if self._epoch is None or self._epoch[0] != epoch:
+                self._epoch = (int(epoch), np.random.default_rng([self.seed, int(epoch)]).permutation(total))
+            here = positions // total == epoch
+            out[here] = self._epoch[1][positions[here] % total]
+        return out
+
+
+class Validation:
+    """Measured recordings of the validation images, in batches."""
+
+    def __init__(self, data: Prepared) -> None:
+        self.data = data
+        self.samples = data.samples(data.validation_ids)
+        self.rows = data.target_rows(self.samples.image)
+
+    def batches(self, size: int) -> list[Batch]:
+        """Return them in a fixed mixed order, so that a batch holds several subjects as in training."""
+        order = np.random.default_rng(VALIDATION_SEED).permutation(len(self.samples))
+        return [self._batch(order[k : k + size]) for k in range(0, len(order), size)]
+
+    def _batch(self, pick: np.ndarray) -> Batch:
+        subject = self.samples.subject[pick]
+        betas = self.data.padded_betas(subject, self.samples.row[pick])
+        return Batch(torch.from_numpy(betas), torch.from_numpy(subject), self.rows[pick])
+
+
+def voxel_layout(data: Prepared, clusters: Path) -> VoxelLayout:
+    """Return the subjects' voxels with the clusters that stage ``clusters`` gave them."""
+    mapping = load_mapping(clusters)
+    return VoxelLayout.build(mapping.per_subject(data.n_voxels), mapping.n_clusters)
+
+
+def build_bit(config: Mapping[str, Any], layout: VoxelLayout, n_queries: int, out_dim: int) -> BIT:
+    """Return a fresh BIT with the sizes in ``config``."""
+    sizes = {name: config[name] for name in ("dim", "depth", "heads")}
+    return BIT(layout, n_queries=n_queries, out_dim=out_dim, **sizes)
+
+
+def _keep(config: Mapping[str, Any], data: Prepared, batch: Batch, generator: torch.Generator) -> Tensor | None:
+    if config["voxels_per_example"] is None:
+        return None
+    counts = torch.tensor(data.n_voxels)[batch.subject]
+    return sample_voxels(counts, config["voxels_per_example"], len(counts), generator, width=batch.betas.shape[1])
+
+
+def _start_embeddings(bit: BIT, encoder: Path, seed: int) -> None:
+    """Start the voxel embeddings at a random projection of the encoder's, at the scale of the random start."""
+    known = load_file(encoder / "encoder.safetensors")["voxel_embedding"]
+    table = bit.tokenizer.voxel_embeddings
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(known.shape[1], table.shape[1], generator=generator) / math.sqrt(known.shape[1])
+    projected = (known - known.mean(0)) / known.std(0) @ projection
+    with torch.no_grad():
+        table.copy_(projected * table.std())
+
+
+def _correlation(predicted: Tensor, true: Tensor) -> Tensor:
+    """Return the Pearson correlation of each image's flattened tokens, B."""
+    p, t = predicted.flatten(1), true.flatten(1)
+    p, t = p - p.mean(1, keepdim=True), t - t.mean(1, keepdim=True)
+    return (p * t).sum(1) / (p.norm(dim=1) * t.norm(dim=1)).clamp(min=1e-12)
+
+
+def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
+    """Train the low-level BIT with InfoNCE on sampled positions (Sec. 3.2).
+
+    Outputs: ``bit.safetensors``, and ``spread.npy``: for each layer, the spread of the true tokens of validation images over
+    that of the predicted ones.
+    """
+    config = dict(ctx.config)
+    data = Prepared(ctx.inputs["data"])
+    targets = LowLevelTargets(ctx.inputs["targets"], config)
+    tokens = targets.tokens
+    torch.manual_seed(config["seed"])
+    bit = build_bit(config, voxel_layout(data, ctx.inputs["clusters"]), tokens.tokens, tokens.width)
+    if config["embedding_init"] == "encoder":
+        _start_embeddings(bit, ctx.inputs["encoder"], config["seed"])
+    pool = Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
+
+    def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        positions = tokens.sample_positions(len(batch.rows), generator)
+        index = positions[..., None].expand(-1, -1, tokens.width)
+        true = targets(batch.rows).gather(1, index).to(ctx.device)
+        predicted = bit(
+            batch.betas.to(ctx.device),
+            batch.subject.to(ctx.device),
+            keep=None if keep is None else keep.to(ctx.device),
+            queries=positions.to(ctx.device),
+        ).float()
+        return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, config["scale"]), predicted, true
+
+    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch = pool.draw(config["batch"], step, generator)
+        return loss_of(batch, generator, _keep(config, data, batch, generator))[0], {}
+
+    validation = Validation(data).batches(config["batch"])
+
+    def validate() -> dict[str, float]:
+        generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same positions each time, sampled as in training
+        losses, correlations = [], []
+        for batch in validation:
+            loss, predicted, true = loss_of(batch, generator, None)
+            losses.append(float(loss) * len(batch.rows))
+            correlations.append(_correlation(predicted, true))
+        return {"loss": sum(losses) / sum(len(b.rows) for b in validation), "correlation": float(torch.cat(correlations).mean())}
+
+    summary = _fit(ctx, bit, batch_loss, validate, "low-level BIT")
+    save_file(bit.state_dict(), ctx.out / "bit.safetensors")
+    np.save(ctx.out / "spread.npy", _spread(bit, validation, targets, ctx.device))
+    return summary
+
+
+def _spread(bit: BIT, validation: list[Batch], targets: LowLevelTargets, device: str) -> np.ndarray:
+    """Return, for each layer, by what factor the predictions' deviation falls short of (or exceeds) the targets'."""
+    sizes = list(targets.tokens.layer_sizes)
+    sums = np.zeros((2, len(sizes)))
+    bit.eval()
+    with torch.no_grad():
+        for batch in validation:
+            predicted = bit(batch.betas.to(device), batch.subject.to(device)).float().cpu()
+            for k, values in enumerate((targets(batch.rows), predicted)):
+                sums[k] += [float(part.square().sum()) for part in values.split(sizes, 1)]
+    return np.sqrt(sums[0] / np.maximum(sums[1], 1e-12))
+
+
+def run_semantic(ctx: StageContext) -> dict[str, Any]:
+    """Train the semantic BIT, stage 1: mean squared error to the spatial tokens (Sec. 3.2). Output: ``bit.safetensors``."""
+    config = dict(ctx.config)
+    data = Prepared(ctx.inputs["data"])
+    targets = np.load(ctx.inputs["targets"] / "semantic.npy", mmap_mode="r")
+    torch.manual_seed(config["seed"])
+    bit = build_bit(config, voxel_layout(data, ctx.inputs["clusters"]), targets.shape[1], targets.shape[2])
+    if config["embedding_init"] == "encoder":
+        _start_embeddings(bit, ctx.inputs["encoder"], config["seed"])
+    pool = Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
+
+    def pair(batch: Batch, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        true = torch.from_numpy(targets[batch.rows]).float().to(ctx.device)
+        mask = None if keep is None else keep.to(ctx.device)
+        return bit(batch.betas.to(ctx.device), batch.subject.to(ctx.device), keep=mask).float(), true
+
+    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch = pool.draw(config["batch"], step, generator)
+        return F.mse_loss(*pair(batch, _keep(config, data, batch, generator))), {}
+
+    validation = Validation(data).batches(config["batch"])
+
+    def validate() -> dict[str, float]:
+        pairs = [pair(batch, None) for batch in validation]
+        predicted, true = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return {"loss": float(F.mse_loss(predicted, true)), "correlation": float(_correlation(predicted, true).mean())}
+
+    summary = _fit(ctx, bit, batch_loss, validate, "semantic BIT")
+    save_file(bit.state_dict(), ctx.out / "bit.safetensors")
+    return summary
+
+
+def _fit(ctx: StageContext, bit: BIT, batch_loss: Any, validate: Any, label: str) -> dict[str, Any]:
+    result = train(
+        bit,
+        batch_loss,
+        config=TrainingConfig.model_validate(ctx.config["training"]),
+        ctx=ctx,
+        label=label,
+        validate=validate,
+        parameter_groups={"voxels": [bit.tokenizer.voxel_embeddings]},
+    )
+    return {**result.best, "best_step": result.best_step, "parameters": sum(p.numel() for p in bit.parameters())}
+
+
+class BrainToImage(nn.Module):
+    """The semantic BIT and the denoiser that it conditions: what stage 2 trains together."""
+
+    def __init__(self, bit: BIT, unet: nn.Module) -> None:
+        super().__init__()
+        self.bit, self.unet = bit, unet
+
+
+def run_joint(ctx: StageContext) -> dict[str, Any]:
+    """Train semantic BIT and denoiser together on the diffusion loss (Sec. 3.2, stage 2).
+
+    Outputs: ``bit.safetensors``, ``unet.safetensors``.
+    """
+    config = dict(ctx.config)
+    data = Prepared(ctx.inputs["data"])
+    tokens = np.load(ctx.inputs["targets"] / "semantic.npy", mmap_mode="r")
+    latents = np.load(ctx.inputs["targets"] / "latents.npy", mmap_mode="r")
+    generator_network = networks.generator(config["generator"])
+    bit = build_bit(config["bit"], voxel_layout(data, ctx.inputs["clusters"]), tokens.shape[1], tokens.shape[2])
+    bit.load_state_dict(load_file(ctx.inputs["semantic"] / "bit.safetensors"))
+    unet = generator_network.unet
+    assert isinstance(unet, nn.Module)
+    model = BrainToImage(bit, unet.requires_grad_(True))
+    pool = Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
+
+    def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> Tensor:
+        mask = None if keep is None else keep.to(ctx.device)
+        condition = model.bit(batch.betas.to(ctx.device), batch.subject.to(ctx.device), keep=mask)
+        z = torch.from_numpy(latents[batch.rows]).float().to(ctx.device)
+        return diffusion_loss(
+            model.unet,
+            z,
+            condition,
+            generator,
+            schedule=generator_network.schedule,
+            offset=config["offset_noise"],
+            vector=generator_network.vector,
+        )
+
+    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch = pool.draw(config["batch"], step, generator)
+        return loss_of(batch, generator, _keep(config["bit"], data, batch, generator)), {}
+
+    validation = Validation(data).batches(64)
+
+    def validate() -> dict[str, float]:
+        generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same levels and noise each time
+        losses = [float(loss_of(batch, generator, None)) * len(batch.rows) for batch in validation]
+        return {"loss": sum(losses) / sum(len(batch.rows) for batch in validation)}
+
+    with torch.no_grad():
+        model.to(ctx.device).eval()
+        before = validate()["loss"]
+    result = train(
+        model,
+        batch_loss,
+        config=TrainingConfig.model_validate(config["training"]),
+        ctx=ctx,
+        label="joint training",
+        validate=validate,
+        parameter_groups={"voxels": [bit.tokenizer.voxel_embeddings]},
+    )
+    save_file(model.bit.state_dict(), ctx.out / "bit.safetensors")
+    save_file({k: v.contiguous() for k, v in model.unet.state_dict().items()}, ctx.out / "unet.safetensors")
+    parameters = sum(p.numel() for p in model.parameters())
+    return {**result.best, "loss before": before, "best_step": result.best_step, "parameters": parameters}

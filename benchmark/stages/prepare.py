@@ -1,0 +1,189 @@
+"""Stages ``simulate`` and ``prepare``: from an NSD tree to arrays that training can map into memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmark.context import StageContext
+from benchmark.data.images import prepare_images
+from benchmark.data.nsd import NSD
+from benchmark.data.settings import SimulationSettings
+from benchmark.data.simulate import simulate
+from benchmark.data.splits import make_splits
+from benchmark.errors import UserError
+
+TREE = "nsd"  # folder of the simulated tree inside the stage's folder
+CHUNK = 256
+
+
+def run_simulate(ctx: StageContext) -> dict[str, Any]:
+    """Write a miniature NSD with the settings in the config."""
+    settings = SimulationSettings(**ctx.config["settings"])
+    simulate(ctx.out / TREE, settings, progress=ctx.progress)
+    return {"subjects": settings.subjects, "images": settings.n_images, "sessions": settings.n_sessions}
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    """Read the tree; write images, averaged betas and the split.
+
+    Outputs: ``images.npy`` (images x S x S x 3 uint8, row = NSD id), ``external.npy`` (likewise), for each subject ``betas_subjX.npy``
+    (images seen x voxels, float32: z-scored per session, repeats averaged) with ``ids_subjX.npy`` (ascending NSD ids), and ``meta.json``.
+    """
+    root = ctx.inputs[TREE] / TREE if TREE in ctx.inputs else ctx.data
+    if root is None:
+        raise UserError("no data: name the folder of an NSD tree with --data DIR")
+    nsd = NSD.open(root)
+    size = ctx.config["image_size"]
+    images = np.lib.format.open_memmap(ctx.out / "images.npy", "w+", np.uint8, (nsd.n_images, size, size, 3))
+    with ctx.progress.bar("images", total=nsd.n_images) as bar:
+        for start in range(0, nsd.n_images, CHUNK):
+            ids = np.arange(start, min(start + CHUNK, nsd.n_images))
+            images[ids] = prepare_images(nsd.images(ids), size)
+            bar.advance(len(ids))
+    images.flush()
+    count = len(nsd.external) if ctx.config["external_images"] != 0 else 0
+    if ctx.config["external_images"] is not None:
+        count = min(count, ctx.config["external_images"])
+    external = np.lib.format.open_memmap(ctx.out / "external.npy", "w+", np.uint8, (count, size, size, 3))
+    with ctx.progress.bar("external images", total=count) as bar:
+        for start in range(0, count, CHUNK):
+            rows = np.arange(start, min(start + CHUNK, count))
+            external[rows] = nsd.external.images(rows, size)
+            bar.advance(len(rows))
+    external.flush()
+    with ctx.progress.bar("betas", total=len(nsd.subjects)) as bar:
+        for subject in nsd.subjects:
+            seen = nsd.load_betas(subject)
+            np.save(ctx.out / f"betas_subj{subject}.npy", seen.betas.astype(np.float32))
+            np.save(ctx.out / f"ids_subj{subject}.npy", seen.image_ids.astype(np.int64))
+            bar.advance(1, f"subject {subject}")
+    splits = make_splits(nsd, seed=ctx.config["validation_seed"], fraction=ctx.config["validation_fraction"])
+    meta = {
+        "image_size": size,
+        "subjects": list(nsd.subjects),
+        "n_voxels": [nsd.n_voxels(subject) for subject in nsd.subjects],
+        "train_ids": np.sort(np.concatenate(list(splits.train.values()))).tolist(),
+        "validation_ids": np.sort(np.concatenate(list(splits.validation.values()))).tolist(),
+        "shared_ids": np.asarray(nsd.shared_ids).tolist(),
+    }
+    (ctx.out / "meta.json").write_text(json.dumps(meta) + "\n")
+    return {
+        "subjects": len(nsd.subjects),
+        "voxels": sum(meta["n_voxels"]),
+        "train images": len(meta["train_ids"]),
+        "validation images": len(meta["validation_ids"]),
+        "test images": len(splits.test),
+        "external images": count,
+    }
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Recordings and what they show, a row each: position of the subject, row of its betas, NSD id."""
+
+    subject: np.ndarray
+    row: np.ndarray
+    image: np.ndarray
+
+    def __len__(self) -> int:
+        """Return the number of recordings."""
+        return len(self.image)
+
+
+class Prepared:
+    """What stage ``prepare`` wrote, mapped into memory.
+
+    *Target rows* number the images that training may see: training and validation images in ascending NSD id, then the external ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        meta = json.loads((folder / "meta.json").read_text())
+        self.image_size: int = meta["image_size"]
+        self.subjects: tuple[int, ...] = tuple(meta["subjects"])
+        self.n_voxels: tuple[int, ...] = tuple(meta["n_voxels"])
+        self.train_ids = np.array(meta["train_ids"], np.int64)
+        self.validation_ids = np.array(meta["validation_ids"], np.int64)
+        self.shared_ids = np.array(meta["shared_ids"], np.int64)
+        self.target_ids = np.sort(np.concatenate([self.train_ids, self.validation_ids]))
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """All NSD images: n x S x S x 3 uint8."""
+        return np.load(self.folder / "images.npy", mmap_mode="r")
+
+    @cached_property
+    def external(self) -> np.ndarray:
+        """Images without fMRI: n x S x S x 3 uint8."""
+        return np.load(self.folder / "external.npy", mmap_mode="r")
+
+    @property
+    def n_targets(self) -> int:
+        """Target rows in all."""
+        return len(self.target_ids) + len(self.external)
+
+    def target_images(self, rows: np.ndarray) -> np.ndarray:
+        """Return the images of target rows: n x S x S x 3 uint8."""
+        known = len(self.target_ids)
+        out = np.empty((len(rows), self.image_size, self.image_size, 3), np.uint8)
+        own = rows < known
+        out[own] = self.images[self.target_ids[rows[own]]]
+        out[~own] = self.external[rows[~own] - known]
+        return out
+
+    def target_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Return the target rows of NSD ids (which must be training or validation images)."""
+        rows = np.searchsorted(self.target_ids, ids)
+        if not np.array_equal(self.target_ids[np.minimum(rows, len(self.target_ids) - 1)], ids):
+            raise ValueError("target_rows: an image that is in neither the training nor the validation set")
+        return rows
+
+    @cached_property
+    def betas(self) -> list[np.ndarray]:
+        """For each subject: images seen x voxels, float32."""
+        return [np.load(self.folder / f"betas_subj{s}.npy", mmap_mode="r") for s in self.subjects]
+
+    @cached_property
+    def seen_ids(self) -> list[np.ndarray]:
+        """For each subject: NSD ids of the rows of its betas, ascending."""
+        return [np.load(self.folder / f"ids_subj{s}.npy") for s in self.subjects]
+
+    def test_ids(self, subjects: Sequence[int]) -> np.ndarray:
+        """Return the shared images that all of these subjects (from 1) saw, ascending.
+
+        Raises:
+            UserError: a subject that is not in the data, or no image that all saw.
+        """
+        ids = self.shared_ids
+        for subject in subjects:
+            if subject not in self.subjects:
+                have = ", ".join(map(str, self.subjects))
+                raise UserError(f"generation.subjects names subject {subject}; the data has subjects {have}")
+            ids = np.intersect1d(ids, self.seen_ids[self.subjects.index(subject)])
+        if not len(ids):
+            raise UserError(f"no shared image was seen by all of subjects {', '.join(map(str, subjects))}")
+        return ids
+
+    def samples(self, ids: np.ndarray) -> Samples:
+        """Return every subject's recording of each of these images, subject after subject."""
+        subjects, rows, images = [], [], []
+        for position, seen in enumerate(self.seen_ids):
+            row = np.flatnonzero(np.isin(seen, ids))
+            subjects.append(np.full(len(row), position))
+            rows.append(row)
+            images.append(seen[row])
+        return Samples(np.concatenate(subjects), np.concatenate(rows), np.concatenate(images))
+
+    def padded_betas(self, subject: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Return recordings as B x (most voxels of any subject) float32, zero on the right where a subject has fewer."""
+        out = np.zeros((len(row), max(self.n_voxels)), np.float32)
+        for k, (s, r) in enumerate(zip(subject, row, strict=True)):
+            out[k, : self.n_voxels[s]] = self.betas[s][r]
+        return out

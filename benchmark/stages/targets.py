@@ -1,0 +1,103 @@
+"""Stage ``targets``: what the frozen networks say of every image that training may see.
+
+Test images are left out: nothing that is fitted, scaled or chosen may know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmark import networks
+from benchmark.context import StageContext
+from benchmark.stages.prepare import Prepared
+from methods.brain_it.unclip import encode
+from methods.brain_it.vgg_tokens import ChannelStats, FeatureTokens, TokenLayer
+
+BATCH = 64
+
+
+def as_pixels(images: np.ndarray, size: int | None = None) -> Tensor:
+    """Return uint8 B x H x W x 3 as float B x 3 x S x S in [0, 1], resized bilinearly (antialiased) where sizes differ."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    if size is None or pixels.shape[-1] == size:
+        return pixels
+    return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def run(ctx: StageContext) -> dict[str, Any]:
+    """Write the features of all target rows (see ``Prepared``), float16.
+
+    Outputs: ``encoder_K.npy`` (rows x positions x channels) for each tap, ``lowlevel_K.npy`` (rows x C x h x w) for each layer, ``semantic.npy``
+    (rows x tokens x dim, as the generator takes them), ``latents.npy`` (rows x c x h x w), and ``lowlevel_stats.safetensors``.
+    """
+    config = ctx.config
+    data = Prepared(ctx.inputs["data"])
+    backbone = networks.encoder_backbone(config["encoder"], config["taps"], config["adapter_rank"], config["grid"])
+    lowlevel = networks.feature_network(config["lowlevel"])
+    semantic = networks.semantic_network(config["semantic"])
+    generator = networks.generator(config["generator"])
+    outputs: dict[str, np.ndarray] = {}
+
+    def keep(name: str, rows: slice, values: Tensor) -> None:
+        if name not in outputs:
+            shape = (data.n_targets, *values.shape[1:])
+            outputs[name] = np.lib.format.open_memmap(ctx.out / f"{name}.npy", "w+", np.float16, shape)
+        outputs[name][rows] = values.cpu().numpy()
+
+    with torch.inference_mode(), ctx.progress.bar("features", total=data.n_targets) as bar:
+        for start in range(0, data.n_targets, BATCH):
+            rows = slice(start, min(start + BATCH, data.n_targets))
+            images = data.target_images(np.arange(rows.start, rows.stop))
+            for k, tokens in enumerate(backbone(as_pixels(images, config["encoder_size"]))):
+                keep(f"encoder_{k}", rows, tokens)
+            maps = lowlevel.features(as_pixels(images, config["lowlevel_size"]), config["layers"])
+            for k, layer in enumerate(config["layers"]):
+                keep(f"lowlevel_{k}", rows, maps[layer])
+            keep("semantic", rows, semantic(as_pixels(images)))
+            keep("latents", rows, encode(generator.vae, as_pixels(images, generator.image_size)))
+            bar.advance(rows.stop - rows.start)
+    for array in outputs.values():
+        array.flush()
+    stats = ChannelStats.fit(_training_maps(data, [outputs[f"lowlevel_{k}"] for k in range(len(config["layers"]))]))
+    save_file(stats.tensors(), ctx.out / "lowlevel_stats.safetensors")
+    return {"images": data.n_targets, **{name: list(array.shape[1:]) for name, array in outputs.items()}}
+
+
+def _training_maps(data: Prepared, maps: list[np.ndarray]) -> Iterator[list[Tensor]]:
+    rows = data.target_rows(data.train_ids)
+    for start in range(0, len(rows), BATCH):
+        yield [torch.from_numpy(layer[rows[start : start + BATCH]]).float() for layer in maps]
+
+
+class LowLevelTargets:
+    """Low-level target tokens: feature maps, standardised where the config says so, merged and replicated."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.maps = [np.load(folder / f"lowlevel_{k}.npy", mmap_mode="r") for k in range(len(config["layers"]))]
+        self.stats: ChannelStats | None = None
+        if config["standardise"]:
+            self.stats = ChannelStats.from_tensors(load_file(folder / "lowlevel_stats.safetensors"))
+        self.tokens = FeatureTokens(
+            tuple(
+                TokenLayer(channels=m.shape[1], size=m.shape[2], window=window, stride=stride, sampled=sampled)
+                for m, (window, stride), sampled in zip(self.maps, config["windows"], config["sampled"], strict=True)
+            ),
+            width=config["width"],
+        )
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        """Return the target tokens of target rows: B x tokens x width, float32."""
+        maps = [torch.from_numpy(np.ascontiguousarray(layer[rows])).float() for layer in self.maps]
+        return self.tokens.merge(self.standardised(maps))
+
+    def standardised(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return maps on the scale of the targets."""
+        return self.stats.apply(maps) if self.stats is not None else maps

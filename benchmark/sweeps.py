@@ -1,0 +1,78 @@
+"""The sweeps: one YAML file each in ``sweeps/``, read into a typed record. Light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from benchmark.errors import UserError, did_you_mean
+
+FOLDER = Path(__file__).resolve().parent.parent / "sweeps"
+
+
+class SweepAxis(BaseModel):
+    """What a sweep varies."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="Short name, e.g. clusters; a variant is called NAME=VALUE.")
+    setting: str = Field(description="Dotted path of the setting, e.g. clustering.n_clusters.")
+    values: tuple[Any, ...] = Field(min_length=1, description="What it takes, in order.")
+    quick: tuple[Any, ...] = Field(min_length=1, description="What it takes with --quick.")
+    main: Any = Field(description="The value of the reference variant.")
+    log: bool = Field(False, description="Whether plots space the values by their logarithm.")
+
+
+class Sweep(BaseModel):
+    """A set of variants that differ in one thing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: str
+    question: str
+    answers: str = Field(description="The published table that it reproduces.")
+    axis: SweepAxis
+    base: Mapping[str, Any] = Field({}, description="Dotted settings common to all variants.")
+
+    def settings(self, quick: bool = False) -> dict[str, dict[str, Any]]:
+        """Return variant name -> its dotted settings."""
+        values = self.axis.quick if quick else self.axis.values
+        return {self.variant(value): {**self.base, self.axis.setting: value} for value in values}
+
+    def variant(self, value: Any) -> str:
+        """Return the name of the variant with this value on the axis."""
+        return f"{self.axis.name}={value}"
+
+
+def sweep_names() -> list[str]:
+    """Return the names of all sweeps, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_sweep(name: str) -> Sweep:
+    """Read a sweep by name.
+
+    Raises:
+        UserError: no such sweep, or its file is not what it should be.
+    """
+    names = sweep_names()
+    if name not in names:
+        hint = did_you_mean(name, [*names, "list"]) or f"; choose from {', '.join(names)}"
+        raise UserError(f"unknown sweep '{name}'{hint}")
+    path = FOLDER / f"{name}.yaml"
+    try:
+        sweep = Sweep.model_validate({"name": name, **yaml.safe_load(path.read_text())})
+    except (yaml.YAMLError, TypeError) as error:
+        raise UserError(f"{path}: not a sweep: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    for value in sweep.axis.quick:
+        if value not in sweep.axis.values:
+            raise UserError(f"{path}: axis.quick has {value!r}, which is not among axis.values")
+    return sweep
