@@ -8,9 +8,10 @@ path, such as ``clustering.n_clusters``. Sections are those of "Brain-IT" (ICLR 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from benchmark.data.settings import SimulationSettings
 from benchmark.errors import UserError, did_you_mean
@@ -112,6 +113,12 @@ class BranchConfig(Settings):
         description="AdamW 5e-4, 60 epochs, 15 of them warm-up, then plateau on the validation loss.",
     )
 
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is no multiple of heads {self.heads}")
+        return self
+
 
 class LowLevelConfig(BranchConfig):
     """The low-level branch: multi-layer feature tokens, InfoNCE (Sec. 3.2, App. D.1)."""
@@ -125,6 +132,15 @@ class LowLevelConfig(BranchConfig):
     sampled: tuple[int, ...] = Field((512, 512, 128, 64, 16), description="Positions drawn per example and layer in training.")
     standardise: bool = Field(False, description="Bring each channel to mean 0, deviation 1 over the training images.")
     scale: PositiveFloat = Field(1.0, description="Of the InfoNCE logits (official code: 1, no normalisation).")
+
+    @model_validator(mode="after")
+    def _one_of_each_a_layer(self) -> Self:
+        if not len(self.layers) == len(self.windows) == len(self.sampled):
+            raise ValueError(
+                f"{len(self.layers)} layers, {len(self.windows)} windows, {len(self.sampled)} sampled; "
+                "expected as many of each"
+            )
+        return self
 
 
 class SemanticConfig(BranchConfig):
@@ -178,9 +194,15 @@ class GenerationConfig(Settings):
     guidance: float = Field(5.0, ge=0, description="Scale of classifier-free guidance against noise tokens.")
     offset_noise: float = Field(0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code).")
     contrast: float = Field(0.8, gt=0, le=1, description="Factor on the output's contrast (official code).")
-    subjects: tuple[int, ...] = Field((1, 2, 5, 7), description="Whose recordings are reconstructed (Table 1).")
+    subjects: tuple[int, ...] = Field((1, 2, 5, 7), min_length=1, description="Whose recordings are reconstructed (Table 1).")
     test_images: PositiveInt | None = Field(None, description="Reconstruct only the first so many; None takes all.")
     batch: PositiveInt = Field(32, description="Images sampled side by side; changes no result.")
+
+    @model_validator(mode="after")
+    def _starts_before_the_end(self) -> Self:
+        if self.start_step >= self.steps:
+            raise ValueError(f"start_step {self.start_step}; expected less than steps, which is {self.steps}")
+        return self
 
 
 class ScoreConfig(Settings):
@@ -215,19 +237,25 @@ class Variant(Settings):
         for path, value in settings.items():
             place: Any = data
             *parents, last = path.split(".")
-            for name in [*parents, last]:
-                if not isinstance(place, dict) or name not in place:
-                    options = sorted(place) if isinstance(place, dict) else []
-                    raise UserError(f"unknown setting '{path}'{did_you_mean(name, options)}")
-                if place is not None and name != last:
-                    place = place[name]
-            place[last] = value
+            for name in parents:
+                place = place[name] if isinstance(place, dict) and name in place else _unknown_setting(path, name, place)
+            if not isinstance(place, dict) or last not in place:
+                _unknown_setting(path, last, place)
+            place[last] = asdict(value) if isinstance(value, SimulationSettings) else value
         try:
             return Variant.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"setting {where}: {first['msg']} (given {first['input']!r})") from error
+            given = "" if isinstance(first["input"], dict) else f" (given {first['input']!r})"
+            raise UserError(f"setting {where}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+        except UserError as error:  # the simulation's own checks speak of its command line
+            raise UserError(str(error).replace("--", "data.simulation.")) from error
+
+
+def _unknown_setting(path: str, name: str, place: Any) -> NoReturn:
+    hint = did_you_mean(name, sorted(place)) if isinstance(place, dict) else ""
+    raise UserError(f"unknown setting '{path}'{hint}")
 
 
 def _one_cycle(
