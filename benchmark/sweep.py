@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     variants = _variants(sweep, args)
     launcher = make_launcher(args.launcher, args.parallel)
     options_threads = args.threads or max(1, len(os.sched_getaffinity(0)) // (args.parallel if args.launcher == "local" else 1))
-    digest = _data_digest(args, next(iter(variants.values())))
+    digest = _check_data(args, next(iter(variants.values())))
     stages = {name: variant_stages(variant, name, digest) for name, variant in variants.items()}
     main_name = sweep.variant(sweep.axis.main)
     if main_name not in stages:
@@ -115,6 +115,8 @@ def _run(args: argparse.Namespace) -> int:
             f"leave out --mode read-only to compute them"
         )
     to_run = sum(decision.action == "run" for decision in decisions)
+    if blocked and not to_run:
+        print(f"nothing to run: {blocked[0].stage.title}: {blocked[0].reason}; leave out --mode {args.mode}")
     if to_run:
         options = RunOptions(
             device=_device(args.device),
@@ -143,12 +145,15 @@ def _variants(sweep: Sweep, args: argparse.Namespace) -> dict[str, Variant]:
 
     if args.quick and args.preset != "demo":
         raise UserError("--quick is for the demo preset; leave out one of --quick and --preset paper")
-    common: dict[str, Any] = dict(QUICK) if args.quick else {}
-    if args.seed is not None:
-        common["seed"] = args.seed
-    common |= _settings(args.set)
+    chosen: dict[str, Any] = {} if args.seed is None else {"seed": args.seed}
+    chosen |= _settings(args.set)
+    for key in chosen:
+        if sweep.axis.setting == key or sweep.axis.setting.startswith(f"{key}."):
+            raise UserError(f"--set {key}: sweep {sweep.name} varies {sweep.axis.setting} itself; leave it out")
     base = PRESETS[args.preset]()
-    return {name: base.with_settings({**common, **own}) for name, own in sweep.settings(args.quick).items()}
+    if args.quick:
+        base = base.with_settings(QUICK)
+    return {name: base.with_settings({**own, **chosen}) for name, own in sweep.settings(args.quick).items()}
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
@@ -168,24 +173,42 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _data_digest(args: argparse.Namespace, variant: Variant) -> str | None:
-    """Return the digest of the tree that ``--data`` names, after its check; None where one is simulated."""
+def _check_data(args: argparse.Namespace, variant: Variant) -> str | None:
+    """Return the digest of the tree that ``--data`` names, after its check; None where one is simulated.
+
+    Whose recordings are reconstructed is checked here, and not hours later by the stage that reconstructs them.
+    """
     from benchmark.errors import UserError
 
-    if args.data is None:
-        if variant.data.simulation is None:
-            raise UserError(f"preset {args.preset} needs the Natural Scenes Dataset: name its folder with --data DIR")
-        return None
-    from benchmark.data.nsd import NSD
+    if args.data is not None:
+        from benchmark.data.nsd import NSD
 
-    return NSD.open(args.data).digest()
+        nsd = NSD.open(args.data)
+        present, where, remedy = nsd.subjects, str(args.data), ""
+    elif variant.data.simulation is not None:
+        present, where = tuple(range(1, variant.data.simulation.subjects + 1)), "the simulation"
+        remedy = " or data.simulation.subjects=N"
+    else:
+        raise UserError(f"preset {args.preset} needs the Natural Scenes Dataset: name its folder with --data DIR")
+    absent = [subject for subject in variant.generation.subjects if subject not in present]
+    if absent:
+        few = ",".join(map(str, present[:4]))
+        raise UserError(
+            f"generation.subjects names subject {absent[0]}; {where} has {', '.join(map(str, present))}\n"
+            f"type --set generation.subjects=[{few}]{remedy}"
+        )
+    return nsd.digest() if args.data is not None else None
 
 
 def _device(wanted: str) -> str:
-    if wanted != "auto":
+    if wanted == "cpu":
         return wanted
     import torch
 
+    if wanted == "cuda" and not torch.cuda.is_available():
+        from benchmark.errors import UserError
+
+        raise UserError("--device cuda: PyTorch finds no GPU here; leave the option out to run on the CPU")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
