@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -100,12 +101,16 @@ class DemoGenerator:
     def load(cls, folder: Path = FOLDER) -> DemoGenerator:
         """Read what :meth:`save` wrote, in float32 and evaluation mode."""
         try:
-            settings = json.loads((folder / "config.json").read_text())
+            scaling = float(json.loads((folder / "config.json").read_text())["scaling_factor"])
             vae, unet = cls.load_vae(folder), TokenUNet()
             unet.load_state_dict({k: v.float() for k, v in load_file(folder / "unet.safetensors").items()})
-            unet.eval().requires_grad_(False)
             tokens = load_file(folder / "tokens.safetensors")
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{folder}: the demo generator's files are missing or damaged ({error}); reinstall the project") from error
-        vae.register_to_config(scaling_factor=float(settings["scaling_factor"]))
-        return cls(vae, unet, float(settings["scaling_factor"]), tokens["mean"], tokens["std"])
+            mean, std = tokens["mean"], tokens["std"]
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            short = str(error).partition("\n")[0]
+            raise UserError(
+                f"{folder}: the demo generator's files are missing or damaged ({short}); reinstall the project"
+            ) from error
+        unet.eval().requires_grad_(False)
+        vae.register_to_config(scaling_factor=scaling)
+        return cls(vae, unet, scaling, mean, std)

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmark.config import BranchConfig, Variant
+from benchmark.config import BranchConfig, EncoderConfig, JointConfig, Variant
 from benchmark.data.settings import SIMULATION_VERSION
+from benchmark.errors import UserError
 from benchmark.graph import Resources, Stage
 from benchmark.weights import network_digests, weights_digest
-from metrics.protocols import PROTOCOLS
+from metrics.cards import CARDS
+from metrics.protocols import get_protocol, protocol_record
 
 GPU = Resources(gpus=1, cpus=8, memory_gb=64, hours=24)
 JOINT = Resources(gpus=4, cpus=32, memory_gb=256, hours=24)
@@ -56,16 +58,24 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         data_digest: SHA-256 of the NSD tree that ``--data`` names; None simulates one.
 
     Raises:
-        UserError: a network that this release cannot load.
+        UserError: a network that this release cannot load, or a setting that it does not know.
     """
     seed, networks = variant.seed, variant.networks
     weights = network_digests(networks.model_dump())
+    for name in ("adapter_rank", "max_shift"):
+        if getattr(variant.encoder, name):
+            raise UserError(
+                f"encoder.{name} is {getattr(variant.encoder, name)}, but this release computes the encoder's image "
+                f"features once, before training\ntype --set encoder.{name}=0"
+            )
 
     def dump(part: Any) -> dict[str, Any]:
         return part.model_dump(mode="json")
 
-    def branch(part: BranchConfig) -> dict[str, Any]:
-        return {**dump(part), "seed": seed}
+    def trained(part: EncoderConfig | BranchConfig | JointConfig) -> dict[str, Any]:
+        # The variant's seed draws the batches too, not the first weights alone.
+        training = {**dump(part.training), "seed": seed + part.training.seed}
+        return {**dump(part), "training": training, "seed": seed}
 
     prepare_upstream: dict[str, Stage] = {}
     digests: dict[str, str] = {}
@@ -109,7 +119,7 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         resources=GPU,
     )
     shared = {"data": prepare, "targets": targets}
-    encoder_config = {**dump(variant.encoder), "seed": seed}
+    encoder_config = trained(variant.encoder)
     encoder = Stage(
         name="encoder", run="benchmark.stages.encoder:run", config=encoder_config, upstream=shared, resources=GPU
     )
@@ -131,7 +141,7 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
     lowlevel = Stage(
         name="lowlevel",
         run="benchmark.stages.bit:run_lowlevel",
-        config=branch(variant.lowlevel),
+        config=trained(variant.lowlevel),
         upstream=bit_upstream,
         label=label,
         resources=GPU,
@@ -139,16 +149,16 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
     semantic = Stage(
         name="semantic",
         run="benchmark.stages.bit:run_semantic",
-        config=branch(variant.semantic),
+        config=trained(variant.semantic),
         upstream=bit_upstream,
         label=label,
         resources=GPU,
     )
-    bit_sizes = {name: branch(variant.semantic)[name] for name in ("dim", "depth", "heads", "voxels_per_example")}
+    bit_sizes = {name: dump(variant.semantic)[name] for name in ("dim", "depth", "heads", "voxels_per_example")}
     joint = Stage(
         name="joint",
         run="benchmark.stages.bit:run_joint",
-        config={**dump(variant.joint), "seed": seed, "bit": bit_sizes, "generator": networks.generator},
+        config={**trained(variant.joint), "bit": bit_sizes, "generator": networks.generator},
         upstream={"data": prepare, "targets": targets, "clusters": clusters, "external": external, "semantic": semantic},
         digests={"generator": weights["generator"]},
         label=label,
@@ -176,8 +186,17 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         label=label,
         resources=GPU,
     )
-    protocol = PROTOCOLS[variant.score.protocol]
-    score_config = {"protocol": protocol.name, "track": variant.track, "seed": seed}
+    try:
+        protocol = get_protocol(variant.score.protocol)
+    except ValueError as error:
+        raise UserError(f"score.protocol: {error}") from None
+    score_config = {
+        "protocol": protocol.name,
+        "track": variant.track,
+        "seed": seed,
+        # What the name stands for: scores of an older form of a protocol or a metric are not taken for today's.
+        "rules": {**protocol_record(protocol), "metrics": {key: card.version for key, card in CARDS.items()}},
+    }
     judges = _judges(protocol.networks)
     score = Stage(
         name="score",

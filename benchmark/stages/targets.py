@@ -99,5 +99,9 @@ class LowLevelTargets:
         return self.tokens.merge(self.standardised(maps))
 
     def standardised(self, maps: list[Tensor]) -> list[Tensor]:
-        """Return maps on the scale of the targets."""
-        return self.stats.apply(maps) if self.stats is not None else maps
+        """Return maps on the scale of the targets, on the device where they are."""
+        if self.stats is None:
+            return maps
+        device = maps[0].device
+        means, stds = (tuple(t.to(device) for t in part) for part in (self.stats.means, self.stats.stds))
+        return ChannelStats(means, stds).apply(maps)
