@@ -187,14 +187,14 @@ def _check_data(args: argparse.Namespace, variant: Variant) -> str | None:
         present, where, remedy = nsd.subjects, str(args.data), ""
     elif variant.data.simulation is not None:
         present, where = tuple(range(1, variant.data.simulation.subjects + 1)), "the simulation"
-        remedy = " or data.simulation.subjects=N"
+        remedy = f" or --set data.simulation.subjects={max(variant.generation.subjects)}"
     else:
         raise UserError(f"preset {args.preset} needs the Natural Scenes Dataset: name its folder with --data DIR")
     absent = [subject for subject in variant.generation.subjects if subject not in present]
     if absent:
         few = ",".join(map(str, present[:4]))
         raise UserError(
-            f"generation.subjects names subject {absent[0]}; {where} has {', '.join(map(str, present))}\n"
+            f"generation.subjects names subject {absent[0]}; {where} has subjects {', '.join(map(str, present))}\n"
             f"type --set generation.subjects=[{few}]{remedy}"
         )
     return nsd.digest() if args.data is not None else None
