@@ -1,9 +1,9 @@
 """The frozen networks: feature targets, encoder backbone, judges, and the generator.
 
-The ``demo`` preset uses real networks that install with pip, each in one role only: EfficientNet-Lite0 gives the *targets*
-(low-level features, semantic tokens, the encoder's backbone); EfficientNet-Lite2 and AugNet's ResNet-50 are the *judges*.
-SqueezeNet, which drives the simulated brain, lives in ``benchmark.data.brain``. Every file is checked against its
-SHA-256 before it is read (``benchmark.weights``).
+The ``demo`` preset uses real networks that install with pip, each in one role only: EfficientNet-Lite0 gives the
+*targets* (low-level features, semantic tokens, the encoder's backbone); EfficientNet-Lite2 and AugNet's ResNet-50 are
+the *judges*. SqueezeNet, which drives the simulated brain, lives in ``benchmark.data.brain``. Every file is checked
+against its SHA-256 before it is read (``benchmark.weights``).
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from benchmark.weights import WEIGHTS, weights_digest, weights_file
 from methods.brain_it.encoder import TappedBackbone
 from methods.brain_it.generate import Generator
 
-def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Fold the inference-time batch norm ``norm`` into ``conv``: one pass less over every map."""
+    assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     shift = norm.bias - norm.running_mean * scale
     if conv.bias is not None:
@@ -41,7 +43,7 @@ class FeatureNetwork(nn.Module):
     def freeze(self) -> None:
         """Put the network into its one state: evaluation mode, no gradients for weights, channels-last."""
         self.eval().requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> FeatureNetwork:
         """Stay in evaluation mode whatever the surrounding model does."""
@@ -101,6 +103,8 @@ class EfficientNetLite(FeatureNetwork):
 class ResNet50(FeatureNetwork):
     """AugNet's self-supervised ResNet-50. Layers: ``layer1`` .. ``layer4`` (maps) and ``avgpool`` (B x 2048)."""
 
+    mean: Tensor
+    std: Tensor
     _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, name: str = "augnet") -> None:
@@ -147,6 +151,9 @@ class SpatialTokens(nn.Module):
         size: side to which images are enlarged: objects of a 64-pixel image are too small for the network.
         layer: which map.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
-"""From finished stages to the leaderboard: result rows, the table on the terminal, ``leaderboard.json`` and ``index.html``."""
+"""From finished stages to the leaderboard: rows, the terminal's table, ``leaderboard.json`` and ``index.html``."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +176,9 @@ def _galleries(store: Store, stages: VariantStages, name: str) -> list[Gallery]:
                 subject,
                 image,
                 folder / "seen" / f"nsd{image:05d}.png",
-                *(folder / kind / file for kind in ("lowlevel", "semantic", "combined")),
+                lowlevel=folder / "lowlevel" / file,
+                semantic=folder / "semantic" / file,
+                combined=folder / "combined" / file,
                 pixcorr={kind: pixcorr[subject, image, kind] for kind in ("lowlevel", "semantic", "combined")},
             )
         )

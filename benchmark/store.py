@@ -114,10 +114,10 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, stage: Stage, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Hold the stage: one process at a time computes it. Waits for the holder, and tells ``on_wait`` once who
-        that is.
+        """Hold the stage: one process at a time computes it.
 
-        The kernel frees the lock of a process that dies, however it dies.
+        Waits for the holder, and tells ``on_wait`` once who that is. The kernel frees the lock of a process that dies,
+        however it dies.
 
         Raises:
             UserError: the store cannot be written to, or its file system has no locks.

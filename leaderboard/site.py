@@ -394,7 +394,7 @@ def _pixcorr(ranking: Ranking, per_image: Scores | None, item: Gallery, column: 
         return None
     keys = [entry.row.key for entry in ranking.entries if entry.row.variant == item.variant]
     image = str(item.image_id)
-    if len(keys) != 1 or keys[0] not in per_image.keys:  # noqa: SIM118 (a tuple of row keys, not a mapping)
+    if len(keys) != 1 or keys[0] not in per_image.keys:  # a tuple of row keys, not a mapping
         return None
     if item.subject not in per_image.subjects or image not in per_image.image_ids:
         return None

@@ -1,8 +1,9 @@
 """Natural-like scenes, drawn: the pictures of the miniature NSD.
 
-A scene is a *place* (one of eight backgrounds with a horizon, an illumination and 1/f texture) with one or two *objects* out of
-twelve categories at varied position, size and hue. Every picture comes with its description, so that the simulated
-brain can be driven by what is in it. Scene ``i`` depends on ``(seed, i)`` alone: any part of a set can be drawn anew.
+A scene is a *place* (one of eight backgrounds with a horizon, an illumination and 1/f texture) with one or two
+*objects* out of twelve categories at varied position, size and hue. Every picture comes with its description, so that
+the simulated brain can be driven by what is in it. Scene ``i`` depends on ``(seed, i)`` alone: any part of a set can be
+drawn anew.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Train the demo's generator: ``python -m benchmark.demo_generator.train OUT``.
 
-Two steps, as in the first stage and the UNet of SDXL-unCLIP: an autoencoder of the scenes, then a denoiser of its latents that is
-conditioned on the semantic tokens of the same picture. The pictures are drawn with a reserved seed, so none of them is
-ever seen by a simulated subject. The shipped files come from the command line, seed and log that lie beside them.
+Two steps, as in the first stage and the UNet of SDXL-unCLIP: an autoencoder of the scenes, then a denoiser of its
+latents that is conditioned on the semantic tokens of the same picture. The pictures are drawn with a reserved seed, so
+none of them is ever seen by a simulated subject. The shipped files come from the command line, seed and log that lie
+beside them.
 
-Fresh Gaussian tokens stand in for the condition in a tenth of the examples: they are the unconditional branch of the paper's sampler
-(official code). In half of the examples the tokens are blurred as a predictor of correlation r blurs them, r^2 * tokens + r * sqrt(1 - r^2) *
-noise with the tokens' own covariance, so that the denoiser is at home with tokens that come from a brain.
+Fresh Gaussian tokens stand in for the condition in a tenth of the examples: they are the unconditional branch of the
+paper's sampler (official code). In half of the examples the tokens are blurred as a predictor of correlation r blurs
+them, r^2 * tokens + r * sqrt(1 - r^2) * noise with the tokens' own covariance, so that the denoiser is at home with
+tokens that come from a brain.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    handlers = [logging.StreamHandler(), logging.FileHandler(args.out / "train.log", mode="a" if args.reuse_vae else "w")]
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(args.out / "train.log", mode="a" if args.reuse_vae else "w")]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
     generator = torch.Generator().manual_seed(args.seed)
     log.info("%s", {k: str(v) for k, v in vars(args).items() if k != "out"} | {"torch": torch.__version__, "machine": platform.machine()})

@@ -151,8 +151,8 @@ def _correlation(predicted: Tensor, true: Tensor) -> Tensor:
 def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     """Train the low-level BIT with InfoNCE on sampled positions (Sec. 3.2).
 
-    Outputs: ``bit.safetensors``, and ``spread.npy``: for each layer, the spread of the true tokens of validation images over
-    that of the predicted ones.
+    Outputs: ``bit.safetensors``, and ``spread.npy``: for each layer, the spread of the true tokens of validation images
+    over that of the predicted ones.
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
@@ -211,7 +211,10 @@ def _spread(bit: BIT, validation: list[Batch], targets: LowLevelTargets, device:
 
 
 def run_semantic(ctx: StageContext) -> dict[str, Any]:
-    """Train the semantic BIT, stage 1: mean squared error to the spatial tokens (Sec. 3.2). Output: ``bit.safetensors``."""
+    """Train the semantic BIT, stage 1: mean squared error to the spatial tokens (Sec. 3.2).
+
+    Output: ``bit.safetensors``.
+    """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
     targets = np.load(ctx.inputs["targets"] / "semantic.npy", mmap_mode="r")

@@ -1,4 +1,4 @@
-"""Stages ``encoder``, ``external`` and ``clusters``: the Universal Brain Encoder and what follows from its voxel embeddings."""
+"""Stages ``encoder``, ``external`` and ``clusters``: the Universal Brain Encoder and what follows from it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def _build(config: dict[str, Any], data: Prepared, features: _Features) -> Brain
 def run(ctx: StageContext) -> dict[str, Any]:
     """Train the encoder on single-subject images; keep the weights with the best validation correlation.
 
-    Outputs: ``encoder.safetensors`` (its voxel table is ``voxel_embedding``) and ``correlation.npy`` (voxels: validation Pearson r).
+    Outputs: ``encoder.safetensors`` (its voxel table is ``voxel_embedding``) and ``correlation.npy`` (voxels:
+    validation Pearson r).
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])

@@ -33,8 +33,9 @@ def run_simulate(ctx: StageContext) -> dict[str, Any]:
 def run(ctx: StageContext) -> dict[str, Any]:
     """Read the tree; write images, averaged betas and the split.
 
-    Outputs: ``images.npy`` (images x S x S x 3 uint8, row = NSD id), ``external.npy`` (likewise), for each subject ``betas_subjX.npy``
-    (images seen x voxels, float32: z-scored per session, repeats averaged) with ``ids_subjX.npy`` (ascending NSD ids), and ``meta.json``.
+    Outputs: ``images.npy`` (images x S x S x 3 uint8, row = NSD id), ``external.npy`` (likewise), for each subject
+    ``betas_subjX.npy`` (images seen x voxels, float32: z-scored per session, repeats averaged) with ``ids_subjX.npy``
+    (ascending NSD ids), and ``meta.json``.
     """
     root = ctx.inputs[TREE] / TREE if TREE in ctx.inputs else ctx.data
     if root is None:
@@ -100,7 +101,8 @@ class Samples:
 class Prepared:
     """What stage ``prepare`` wrote, mapped into memory.
 
-    *Target rows* number the images that training may see: training and validation images in ascending NSD id, then the external ones.
+    *Target rows* number the images that training may see: training and validation images in ascending NSD id, then the
+    external ones.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -182,7 +184,7 @@ class Prepared:
         return Samples(np.concatenate(subjects), np.concatenate(rows), np.concatenate(images))
 
     def padded_betas(self, subject: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """Return recordings as B x (most voxels of any subject) float32, zero on the right where a subject has fewer."""
+        """Return recordings as B x (most voxels of any subject) float32, zero on the right where one has fewer."""
         out = np.zeros((len(row), max(self.n_voxels)), np.float32)
         for k, (s, r) in enumerate(zip(subject, row, strict=True)):
             out[k, : self.n_voxels[s]] = self.betas[s][r]

@@ -38,8 +38,8 @@ def image_name(subject: int, image_id: int) -> str:
 def run(ctx: StageContext) -> dict[str, Any]:
     """Reconstruct the test images.
 
-    Outputs: folders ``seen`` (one PNG an image: ``nsdXXXXX.png``), ``lowlevel``, ``semantic`` and ``combined`` (one PNG an image and
-    subject), and ``index.npy``, the (subject, NSD id) of each reconstruction.
+    Outputs: folders ``seen`` (one PNG an image: ``nsdXXXXX.png``), ``lowlevel``, ``semantic`` and ``combined`` (one PNG
+    an image and subject), and ``index.npy``, the (subject, NSD id) of each reconstruction.
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])

@@ -75,14 +75,14 @@ class _Judge:
         about = {"protocol": self.protocol.name, "protocol_hash": digest, "subjects": subjects, "n_images": len(ids)}
         (self.ctx.out / "protocol.json").write_text(json.dumps(about, indent=2) + "\n")
         means = table.groupby(["method", "variant", "metric"], sort=False)["value"].mean()
-        return {"images": len(ids), **{f"{m} {v} {k}".replace("  ", " "): float(x) for (m, v, k), x in means.items()}}
+        return {"images": len(ids), **{f"{m} {v} {k}".replace("  ", " "): float(x) for (m, v, k), x in zip(means.index.to_list(), means.to_list(), strict=True)}}
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
     """Score a variant's combined images, and each branch alone.
 
-    Outputs: ``scores.parquet`` (track, method, variant, subject, seed, image_id, metric, value; variant is ``combined``,
-    ``lowlevel`` or ``semantic``) and ``protocol.json``.
+    Outputs: ``scores.parquet`` (track, method, variant, subject, seed, image_id, metric, value; variant is
+    ``combined``, ``lowlevel`` or ``semantic``) and ``protocol.json``.
     """
     folder = ctx.inputs["reconstruct"]
     index = np.load(folder / "index.npy")
@@ -102,7 +102,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
 
 def run_references(ctx: StageContext) -> dict[str, Any]:
-    """Score what a row must beat: the mean training image, and this variant's own images dealt out to the wrong recordings.
+    """Score what a row must beat: the mean training image, and this variant's images dealt out to wrong recordings.
 
     Outputs as of :func:`run`, with variants ``mean image`` and ``shuffled``.
     """
