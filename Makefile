@@ -57,6 +57,6 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
 		echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(PIP) install --require-hashes --no-deps --no-compile -r requirements.lock
+	$(PIP) install --require-hashes --no-deps --no-compile --use-pep517 -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
