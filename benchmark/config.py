@@ -1,8 +1,9 @@
 """What is run: a ``Variant`` and its parts, as frozen models.
 
-One variant is one row of the leaderboard. Every field's default is the paper's value (or the official code's, where the paper is
-silent; the description says which); the ``demo`` preset is a set of other values for the same fields. A setting is addressed by its dotted
-path, such as ``clustering.n_clusters``. Sections are those of "Brain-IT" (ICLR 2026). Light to import: no torch.
+One variant is one row of the leaderboard. Every field's default is the paper's value (or the official code's, where the
+paper is silent; the description says which); the ``demo`` preset is a set of other values for the same fields. A
+setting is addressed by its dotted path, such as ``clustering.n_clusters``. Sections are those of "Brain-IT" (ICLR
+2026). Light to import: no torch.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class EncoderConfig(Settings):
             select="correlation",
             select_mode="max",
         ),
-        description="Adam (amsgrad) 1e-3, 30 epochs, plateau on the 75th percentile of voxel correlations (official code).",
+        description="Adam (amsgrad) 1e-3, 30 epochs, plateau on the 75th percentile of voxel correlations (official).",
     )
 
 
@@ -281,8 +282,8 @@ def paper() -> Variant:
 def demo() -> Variant:
     """Return the ``demo`` preset: the same method, sized for two CPU cores.
 
-    Voxel embeddings have a rate of their own and no decay, and every step sees all voxels: what the small number of steps needs.
-    All values were chosen on validation images.
+    Voxel embeddings have a rate of their own and no decay, and every step sees all voxels: what the small number of
+    steps needs. All values were chosen on validation images.
     """
     bit = {"dim": 96, "depth": 2, "heads": 4, "voxels_per_example": None, "batch": 32, "external_fraction": 0.125}
     return Variant(

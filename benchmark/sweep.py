@@ -1,6 +1,7 @@
 """``python -m benchmark.sweep NAME``: train, reconstruct, score and rank the variants of a sweep.
 
-This module is the command line and nothing else: as ``__main__`` it must define nothing that is handed to another process.
+This module is the command line and nothing else: as ``__main__`` it must define nothing that is handed to another
+process.
 """
 
 from __future__ import annotations

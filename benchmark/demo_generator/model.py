@@ -47,9 +47,11 @@ UNET_CONFIG: Mapping[str, Any] = {
 class TokenUNet(nn.Module):
     """A ``UNet2DConditionModel`` that knows where things are.
 
-    CLIP's patch tokens carry their position; a small CNN's do not. So each token gets a learned position vector, and the latent
-    its two coordinates as extra channels. Called like the diffusers model.
+    CLIP's patch tokens carry their position; a small CNN's do not. So each token gets a learned position vector, and
+    the latent its two coordinates as extra channels. Called like the diffusers model.
     """
+
+    coordinates: Tensor
 
     def __init__(self) -> None:
         super().__init__()

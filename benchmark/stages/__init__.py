@@ -220,5 +220,6 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
 
 
 def _judges(names: Mapping[str, Any]) -> dict[str, str]:
-    network_digests({"judge": name for name in names})  # refuses what cannot be loaded
+    for name in names:
+        network_digests({"judge": name})  # refuses what cannot be loaded
     return {name: weights_digest(name) for name in names}

@@ -25,7 +25,7 @@ BATCH = 64
 
 
 def as_pixels(images: np.ndarray, size: int | None = None) -> Tensor:
-    """Return uint8 B x H x W x 3 as float B x 3 x S x S in [0, 1], resized bilinearly (antialiased) where sizes differ."""
+    """Return uint8 B x H x W x 3 as float B x 3 x S x S in [0, 1], resized (bilinear, antialiased) where need be."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     if size is None or pixels.shape[-1] == size:
         return pixels
@@ -35,8 +35,9 @@ def as_pixels(images: np.ndarray, size: int | None = None) -> Tensor:
 def run(ctx: StageContext) -> dict[str, Any]:
     """Write the features of all target rows (see ``Prepared``), float16.
 
-    Outputs: ``encoder_K.npy`` (rows x positions x channels) for each tap, ``lowlevel_K.npy`` (rows x C x h x w) for each layer, ``semantic.npy``
-    (rows x tokens x dim, as the generator takes them), ``latents.npy`` (rows x c x h x w), and ``lowlevel_stats.safetensors``.
+    Outputs: ``encoder_K.npy`` (rows x positions x channels) for each tap, ``lowlevel_K.npy`` (rows x C x h x w) for
+    each layer, ``semantic.npy`` (rows x tokens x dim, as the generator takes them), ``latents.npy`` (rows x c x h x w),
+    and ``lowlevel_stats.safetensors``.
     """
     config = ctx.config
     data = Prepared(ctx.inputs["data"])
@@ -44,7 +45,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     lowlevel = networks.feature_network(config["lowlevel"])
     semantic = networks.semantic_network(config["semantic"])
     generator = networks.generator(config["generator"])
-    outputs: dict[str, np.ndarray] = {}
+    outputs: dict[str, np.memmap] = {}
 
     def keep(name: str, rows: slice, values: Tensor) -> None:
         if name not in outputs:

@@ -40,6 +40,7 @@ class GroupedConv2d(nn.Module):
                 bias.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve each image of N x C x H x W with weights of its own."""
         images, outputs = self.bias.shape
         if self.kernel == 1:
             pixels = torch.baddbmm(self.bias[:, :, None], self.weight[:, :, :, 0, 0], x.flatten(2))
@@ -64,6 +65,7 @@ class GroupedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(images, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise each channel of each image of N x C x H x W."""
         flat = x.flatten(0, 1)[None]
         return F.group_norm(flat, flat.shape[1], self.weight.flatten(), self.bias.flatten()).view_as(x)
 
@@ -92,6 +94,7 @@ class Scale(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Join what this scale passes on and what comes up from the scales below."""
         low = F.interpolate(self.deeper(self.down(x)), scale_factor=2, mode="bilinear", align_corners=False)
         return self.up(self.norm(torch.cat([self.skip(x), low], dim=1)))
 
@@ -117,6 +120,7 @@ class Hourglass(nn.Module):
                 module.initialise(generators)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return images in [0, 1] (N x 3 x H x W) from fixed noise (N x C x H x W)."""
         return torch.sigmoid(self.to_rgb(self.body(x)))
 
 
