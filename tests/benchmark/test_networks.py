@@ -86,7 +86,10 @@ def test_the_weights_know_what_they_see(images: Tensor) -> None:
     net = reference("lite0")
     right = net.conv_stem((images * 255 - 127) / 128)
     wrong = net.conv_stem(images)
-    off = [float(((y.mean((0, 2, 3)) - net.bn1.running_mean) / net.bn1.running_var.sqrt()).abs().median()) for y in (right, wrong)]
+    off = [
+        float(((y.mean((0, 2, 3)) - net.bn1.running_mean) / net.bn1.running_var.sqrt()).abs().median())
+        for y in (right, wrong)
+    ]
     assert off[0] < off[1]
 
 
@@ -100,7 +103,9 @@ def test_resnet_equals_torchvisions(images: Tensor) -> None:
     own = {key.removeprefix("module.pre."): v for key, v in source.items() if key.startswith("module.pre.")}
     missing, unexpected = net.load_state_dict({k: v for k, v in own.items() if not k.startswith("fc.")}, strict=False)
     assert not unexpected and all(key.startswith("fc.") for key in missing)
-    x = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    x = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
     expected = {}
     for layer in ("layer1", "layer2", "layer3", "layer4"):
@@ -268,7 +273,9 @@ def test_the_generator_survives_saving(tmp_path: Path) -> None:
     again = DemoGenerator.load(tmp_path)
     for name in ("vae", "unet"):
         a, b = getattr(parts, name).state_dict(), getattr(again, name).state_dict()
-        assert a.keys() == b.keys() and all(torch.equal(a[key].half(), b[key].half()) for key in a), "written in float16"
+        assert a.keys() == b.keys() and all(torch.equal(a[key].half(), b[key].half()) for key in a), (
+            "written in float16"
+        )
     assert again.scaling_factor == parts.scaling_factor == again.vae.config.scaling_factor
     assert torch.equal(again.token_mean, parts.token_mean) and torch.equal(again.token_std, parts.token_std)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5

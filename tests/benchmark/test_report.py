@@ -35,7 +35,10 @@ def write(tiny_run: Any, out: Path, names: list[str]) -> Report:
 
 
 def test_each_variant_is_ranked_and_what_it_must_beat_stands_beside(rows: dict[str, Row]) -> None:
-    kinds = {kind: sorted(name for name, row in rows.items() if row.kind == kind) for kind in ("method", "branch", "reference")}
+    kinds = {
+        kind: sorted(name for name, row in rows.items() if row.kind == kind)
+        for kind in ("method", "branch", "reference")
+    }
     assert kinds == {
         "method": sorted(NAMES),
         "branch": ["clusters=128, low-level image alone", "clusters=128, semantic image alone"],
@@ -125,7 +128,14 @@ def test_the_page_shows_seen_and_reconstructed_images(tiny_run: Any) -> None:
     assert named, "the page shows images"
     assert [name for name in named if not (folder / name).is_file()] == []
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page, "nothing from elsewhere"
-    for text in ("How many clusters?", "clusters=128", "mean image", "shuffled", "chance", "stand-in EfficientNet-Lite2"):
+    for text in (
+        "How many clusters?",
+        "clusters=128",
+        "mean image",
+        "shuffled",
+        "chance",
+        "stand-in EfficientNet-Lite2",
+    ):
         assert text in page
 
 

@@ -80,7 +80,11 @@ def test_an_external_image_is_seen_by_every_brain(data: Prepared, external: Path
     seen = set()
     for step in range(30):
         batch = pool.draw(8, step, seeded(step))
-        seen |= {(r, s) for r, s in zip(batch.rows.tolist(), batch.subject.tolist(), strict=True) if r >= len(data.target_ids)}
+        seen |= {
+            (r, s)
+            for r, s in zip(batch.rows.tolist(), batch.subject.tolist(), strict=True)
+            if r >= len(data.target_ids)
+        }
     assert len(seen) == 6 * 2
 
 
@@ -200,9 +204,7 @@ def test_sampled_voxels_train_too(tiny_run: Any, tmp_path: Path) -> None:
     assert (ctx.out / "bit.safetensors").read_bytes() != (tiny_run.folder("lowlevel") / "bit.safetensors").read_bytes()
 
 
-def test_embeddings_can_start_from_the_encoders(
-    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embeddings_can_start_from_the_encoders(tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[torch.Tensor] = []
 
     def fit(ctx: Any, bit: Any, *rest: Any) -> dict[str, Any]:

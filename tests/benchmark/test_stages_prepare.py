@@ -37,7 +37,9 @@ def nsd(tiny_run: Any) -> NSD:
 
 
 def test_the_split_is_disjoint_and_complete(data: Prepared, nsd: NSD) -> None:
-    train, validation, shared = map(set, (data.train_ids.tolist(), data.validation_ids.tolist(), data.shared_ids.tolist()))
+    train, validation, shared = map(
+        set, (data.train_ids.tolist(), data.validation_ids.tolist(), data.shared_ids.tolist())
+    )
     assert not train & validation and not train & shared and not validation & shared
     assert train | validation | shared == set(range(nsd.n_images)) == set(range(8 + 2 * 16))
     assert shared == set(nsd.shared_ids.tolist())
@@ -147,7 +149,11 @@ def test_no_test_image_is_among_the_targets(tiny_run: Any, data: Prepared) -> No
     assert not any((targets == image).all(1).any() for image in test)
     folder = tiny_run.folder("targets")
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-    assert set(arrays) == {"semantic", "latents", *(f"{kind}_{k}" for kind in ("encoder", "lowlevel") for k in range(5))}
+    assert set(arrays) == {
+        "semantic",
+        "latents",
+        *(f"{kind}_{k}" for kind in ("encoder", "lowlevel") for k in range(5)),
+    }
     assert {len(array) for array in arrays.values()} == {data.n_targets}
     external = np.load(tiny_run.folder("external") / "betas.npy", mmap_mode="r")
     assert external.shape == (len(data.external), sum(data.n_voxels))
@@ -206,7 +212,9 @@ def test_low_level_targets_are_standardised_and_merged(tiny_run: Any, data: Prep
 def test_pixels_are_scaled_and_resized() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     pixels = as_pixels(images)
-    assert pixels.shape == (2, 3, 32, 32) and torch.equal((pixels * 255).round().byte().permute(0, 2, 3, 1), torch.from_numpy(images))
+    assert pixels.shape == (2, 3, 32, 32) and torch.equal(
+        (pixels * 255).round().byte().permute(0, 2, 3, 1), torch.from_numpy(images)
+    )
     assert as_pixels(images, 32) is not None and as_pixels(images, 16).shape == (2, 3, 16, 16)
     flat = as_pixels(np.full((1, 32, 32, 3), 51, np.uint8), 48)
     assert torch.allclose(flat, torch.full_like(flat, 0.2))

@@ -120,7 +120,12 @@ def test_predictions_are_brought_to_the_spread_of_the_targets(
     stage = tiny_run.stage("reconstruct")
     one = {"subjects": [1], "test_images": 1, "steps": 2}
     for match in (False, True):
-        rerun(tiny_run, tmp_path / str(match), dip={**stage.config["dip"], "steps": 1, "match_spread": match}, generation=one)
+        rerun(
+            tiny_run,
+            tmp_path / str(match),
+            dip={**stage.config["dip"], "steps": 1, "match_spread": match},
+            generation=one,
+        )
     spread = np.load(tiny_run.folder("lowlevel") / "spread.npy")
     assert len(spread) == 5 and (spread != 1).all()
     for plain, matched, gain in zip(*given, spread, strict=True):

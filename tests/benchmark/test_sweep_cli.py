@@ -124,7 +124,7 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing(sweep_here: Run, tmp_pa
 
 
 def test_a_dry_run_says_what_is_cached_and_what_changed(sweep_here: Run, tiny_run: Any) -> None:
-    before = files(tiny_run.out)
+    before = files(tiny_run.out / "store")
     same = sweep_here(*tiny_run.arguments, "--out", tiny_run.out, "--dry-run")
     assert same.code == 0 and "24 stages: 0 to run, 24 cached" in same.out
     elsewhere = ["--threads=2", "--tracker=none", "--launcher=local", "--parallel=2", "--device=cpu", "--no-progress"]
@@ -138,7 +138,7 @@ def test_a_dry_run_says_what_is_cached_and_what_changed(sweep_here: Run, tiny_ru
     reasons = {line[1]: line[2] for line in runs}
     assert "config changed: generation.guidance" in reasons["reconstruct"]
     assert "upstream re-runs: reconstruct" in reasons["score"]
-    assert files(tiny_run.out) == before
+    assert files(tiny_run.out / "store") == before
 
 
 def test_forced_stages_are_said_to_run(sweep_here: Run, tiny_run: Any) -> None:
@@ -226,7 +226,11 @@ def _half_written(tree: Path) -> None:
 DAMAGES = {
     "NaN beta": (_nan, BETAS, "is nan (1 such values); expected finite values inside the mask"),
     "truncated mgh": (_truncate, BETAS, "truncated ("),
-    "no imgBrick": (_no_brick, paths.STIMULI, "no imgBrick (holds images); expected imgBrick, n x side x side x 3 uint8"),
+    "no imgBrick": (
+        _no_brick,
+        paths.STIMULI,
+        "no imgBrick (holds images); expected imgBrick, n x side x side x 3 uint8",
+    ),
     "wrong shape": (_wrong_shape, paths.STIMULI, "imgBrick is uint8 (40, 64, 64); expected uint8 (n, side, side, 3)"),
     "session missing": (_half_written, BETAS, "missing; expected betas of session 3 of"),
 }
@@ -260,7 +264,9 @@ def test_a_missing_folder_is_named(sweep_here: Run, tmp_path: Path) -> None:
 def test_subjects_that_the_data_lack_are_missed_before_anything_runs(
     sweep_here: Run, tiny_run: Any, tree: Path, tmp_path: Path
 ) -> None:
-    answer = sweep_here(*tiny_run.arguments, "--set", "generation.subjects=[1, 4]", "--data", tree, "--out", tmp_path / "runs")
+    answer = sweep_here(
+        *tiny_run.arguments, "--set", "generation.subjects=[1, 4]", "--data", tree, "--out", tmp_path / "runs"
+    )
     assert answer.code == 2 and not (tmp_path / "runs").exists()
     assert answer.error.splitlines() == [
         f"error: generation.subjects names subject 4; {tree} has subjects 1, 2",

@@ -95,7 +95,11 @@ def test_a_file_that_is_no_sweep_is_named(folder: Path, text: str) -> None:
 
 def test_an_unknown_name_gets_the_nearest(folder: Path) -> None:
     write(folder)
-    for wrong, hint in (("widht", "did you mean 'width'?"), ("lst", "did you mean 'list'?"), ("qqq", "choose from width")):
+    for wrong, hint in (
+        ("widht", "did you mean 'width'?"),
+        ("lst", "did you mean 'list'?"),
+        ("qqq", "choose from width"),
+    ):
         with pytest.raises(UserError, match=f"unknown sweep '{wrong}'.*{hint[:-1]}"):
             load_sweep(wrong)
     with pytest.raises(UserError, match="unknown sweep '../width'"):
