@@ -39,10 +39,16 @@ class DataConfig(Settings):
     simulation: SimulationSettings | None = Field(
         None, description="Make a miniature NSD with these settings; None reads the tree that --data names."
     )
-    image_size: PositiveInt = Field(256, description="Side of the images that are kept and reconstructed (official code).")
+    image_size: PositiveInt = Field(
+        256, description="Side of the images that are kept and reconstructed (official code)."
+    )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="Of the training images (paper, App. D).")
-    validation_seed: int = Field(0, ge=0, description="Seed of the validation split; the official split is unpublished.")
-    external_images: int | None = Field(None, ge=0, description="Use at most so many external images; None uses all (Sec. 3.1).")
+    validation_seed: int = Field(
+        0, ge=0, description="Seed of the validation split; the official split is unpublished."
+    )
+    external_images: int | None = Field(
+        None, ge=0, description="Use at most so many external images; None uses all (Sec. 3.1)."
+    )
 
 
 class NetworksConfig(Settings):
@@ -97,7 +103,10 @@ class BranchConfig(Settings):
     voxels_per_example: PositiveInt | None = Field(15000, description="Sampled with replacement; None takes all.")
     batch: PositiveInt = Field(64, description="Examples in a step; their subjects are mixed.")
     external_fraction: float | None = Field(
-        None, ge=0, lt=1, description="Of a batch; None: in proportion to their number, one pool of all samples (official code)."
+        None,
+        ge=0,
+        lt=1,
+        description="Of a batch; None: in proportion to their number, one pool of all samples (official code).",
     )
     embedding_init: Literal["random", "encoder"] = Field(
         "random", description="Voxel embeddings start at random (Sec. 4), or as a random projection of the encoder's."
@@ -130,8 +139,15 @@ class LowLevelConfig(BranchConfig):
     windows: tuple[tuple[int, int], ...] = Field(
         ((2, 2), (2, 1), (1, 1), (1, 1), (1, 1)), description="Window and stride of the merging, for each layer."
     )
-    sampled: tuple[int, ...] = Field((512, 512, 128, 64, 16), description="Positions drawn per example and layer in training.")
+    sampled: tuple[int, ...] = Field(
+        (512, 512, 128, 64, 16), description="Positions drawn per example and layer in training."
+    )
     standardise: bool = Field(False, description="Bring each channel to mean 0, deviation 1 over the training images.")
+    centre: bool = Field(
+        False,
+        description="Take off each place's mean over the training images: else InfoNCE's easiest negatives, other places of the "
+        "same picture, are told apart by place alone.",
+    )
     scale: PositiveFloat = Field(1.0, description="Of the InfoNCE logits (official code: 1, no normalisation).")
 
     @model_validator(mode="after")
@@ -154,7 +170,9 @@ class JointConfig(Settings):
     """The semantic branch, stage 2: BIT and the diffusion model together (Sec. 3.2)."""
 
     batch: PositiveInt = Field(16, description="Examples in a micro-batch.")
-    offset_noise: float = Field(0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code).")
+    offset_noise: float = Field(
+        0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code)."
+    )
     external_fraction: float | None = Field(None, ge=0, lt=1, description="As in the branches.")
     training: TrainingConfig = Field(
         TrainingConfig(
@@ -181,8 +199,13 @@ class DipConfig(Settings):
     depth: PositiveInt = Field(32, description="Channels of its input.")
     input_noise: float = Field(1 / 30, ge=0, description="Deviation of the noise added to the input at each step.")
     ema: float = Field(0.99, ge=0, lt=1, description="Decay of the running mean of outputs that is returned.")
-    match_spread: bool = Field(
-        False, description="Scale each layer's predictions to the spread of the true features of training images first."
+    calibrate: bool = Field(
+        False,
+        description="Map each layer's predictions linearly to the true tokens of validation images first: InfoNCE shapes "
+        "them for telling tokens apart, not for a squared error. The paper inverts them as they are.",
+    )
+    gain: PositiveFloat = Field(
+        1.0, description="Factor on the (calibrated) predictions; they shrink towards the mean."
     )
     batch: PositiveInt = Field(16, description="Images inverted side by side; changes no result.")
 
@@ -193,9 +216,13 @@ class GenerationConfig(Settings):
     steps: PositiveInt = Field(38, description="Of the Euler sampler, from pure noise to image.")
     start_step: int = Field(14, ge=0, description="Where the noised low-level image enters.")
     guidance: float = Field(5.0, ge=0, description="Scale of classifier-free guidance against noise tokens.")
-    offset_noise: float = Field(0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code).")
+    offset_noise: float = Field(
+        0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code)."
+    )
     contrast: float = Field(0.8, gt=0, le=1, description="Factor on the output's contrast (official code).")
-    subjects: tuple[int, ...] = Field((1, 2, 5, 7), min_length=1, description="Whose recordings are reconstructed (Table 1).")
+    subjects: tuple[int, ...] = Field(
+        (1, 2, 5, 7), min_length=1, description="Whose recordings are reconstructed (Table 1)."
+    )
     test_images: PositiveInt | None = Field(None, description="Reconstruct only the first so many; None takes all.")
     batch: PositiveInt = Field(32, description="Images sampled side by side; changes no result.")
 
@@ -239,7 +266,9 @@ class Variant(Settings):
             place: Any = data
             *parents, last = path.split(".")
             for name in parents:
-                place = place[name] if isinstance(place, dict) and name in place else _unknown_setting(path, name, place)
+                place = (
+                    place[name] if isinstance(place, dict) and name in place else _unknown_setting(path, name, place)
+                )
             if not isinstance(place, dict) or last not in place:
                 _unknown_setting(path, last, place)
             place[last] = asdict(value) if isinstance(value, SimulationSettings) else value
@@ -260,7 +289,12 @@ def _unknown_setting(path: str, name: str, place: Any) -> NoReturn:
 
 
 def _one_cycle(
-    steps: int, lr: float, validate_every: int, select: str, mode: Literal["min", "max"] = "min", voxel_lr: float | None = None
+    steps: int,
+    lr: float,
+    validate_every: int,
+    select: str,
+    mode: Literal["min", "max"] = "min",
+    voxel_lr: float | None = None,
 ) -> TrainingConfig:
     groups = {"voxels": GroupConfig(lr=voxel_lr, weight_decay=0.0)} if voxel_lr else {}
     return TrainingConfig(
@@ -285,7 +319,7 @@ def demo() -> Variant:
     Voxel embeddings have a rate of their own and no decay, and every step sees all voxels: what the small number of
     steps needs. All values were chosen on validation images.
     """
-    bit = {"dim": 96, "depth": 2, "heads": 4, "voxels_per_example": None, "batch": 32, "external_fraction": 0.125}
+    bit = {"dim": 64, "depth": 1, "heads": 4, "voxels_per_example": None, "batch": 32, "external_fraction": 0.125}
     return Variant(
         track="demo",
         data=DataConfig(simulation=SimulationSettings(), image_size=64),
@@ -310,11 +344,14 @@ def demo() -> Variant:
             layers=("block0", "block1", "block2", "block3", "block4"),
             sampled=(32, 32, 16, 8, 8),
             standardise=True,
-            training=_one_cycle(400, 3e-3, 100, "loss", voxel_lr=2e-2),
+            centre=True,
+            training=_one_cycle(400, 6e-3, 100, "loss", voxel_lr=4e-2),
         ),
-        semantic=SemanticConfig(**bit, training=_one_cycle(400, 3e-3, 100, "loss", voxel_lr=2e-2)),
+        semantic=SemanticConfig(**bit, training=_one_cycle(600, 6e-3, 150, "loss", voxel_lr=4e-2)),
         joint=JointConfig(training=_one_cycle(60, 3e-4, 30, "loss"), external_fraction=0.0),
-        dip=DipConfig(size=64, steps=100, lr=1e-2, channels=12, skip=4, depth=16, ema=0.9, match_spread=True, batch=24),
+        dip=DipConfig(
+            size=64, steps=100, lr=1e-2, channels=12, skip=4, depth=16, ema=0.9, calibrate=True, gain=1.3, batch=24
+        ),
         generation=GenerationConfig(steps=24, start_step=9, guidance=2.0, contrast=1.0, batch=48),
         score=ScoreConfig(protocol="demo"),
     )

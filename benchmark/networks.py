@@ -70,7 +70,13 @@ class EfficientNetLite(FeatureNetwork):
         net.load_state_dict(dict(zip(target, source.values(), strict=True)))
         net.eval()
         for module in net.modules():
-            for conv, norm in (("conv_stem", "bn1"), ("conv_dw", None), ("conv_pw", None), ("conv_pwl", "bn3"), ("conv_head", "bn2")):
+            for conv, norm in (
+                ("conv_stem", "bn1"),
+                ("conv_dw", None),
+                ("conv_pw", None),
+                ("conv_pwl", "bn3"),
+                ("conv_head", "bn2"),
+            ):
                 if not isinstance(getattr(module, conv, None), nn.Conv2d):
                     continue
                 if norm is None:  # depthwise-separable blocks run dw, pw; inverted residuals run pw, dw, pwl
@@ -114,7 +120,11 @@ class ResNet50(FeatureNetwork):
         self.name, self.digest = name, weights_digest(name)
         net = resnet50(weights=None)
         source = torch.load(weights_file(name), weights_only=True, map_location="cpu")
-        own = {k.removeprefix("module.pre."): v for k, v in source.items() if k.startswith("module.pre.") and ".fc." not in k}
+        own = {
+            k.removeprefix("module.pre."): v
+            for k, v in source.items()
+            if k.startswith("module.pre.") and ".fc." not in k
+        }
         missing, _ = net.load_state_dict(own, strict=False)
         if any(not key.startswith("fc.") for key in missing):
             raise UserError(f"the weights of {name} do not fit torchvision's resnet50; type: make install")
@@ -170,7 +180,9 @@ class SpatialTokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return B x places x channels of ``images`` (B x 3 x H x W in [0, 1])."""
-        pixels = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=False)
+        pixels = F.interpolate(
+            images, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=False
+        )
         tokens = self.network.features(pixels, [self.layer])[self.layer].flatten(2).transpose(1, 2)
         return (tokens - self.mean) / self.std
 

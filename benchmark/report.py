@@ -36,7 +36,12 @@ class Report:
 
 
 def write_report(
-    out: Path, store: Store, sweep: Sweep, variants: Mapping[str, Variant], stages: Mapping[str, VariantStages], main: str
+    out: Path,
+    store: Store,
+    sweep: Sweep,
+    variants: Mapping[str, Variant],
+    stages: Mapping[str, VariantStages],
+    main: str,
 ) -> Report:
     """Write the leaderboard of a finished sweep.
 
@@ -81,12 +86,37 @@ def write_report(
         )
     for method, variant in branch_names.values():
         source = _relative(store.folder(stages[main].score), out)
-        rows.append(Row(method=method, variant=variant, kind="branch", metrics=intervals[method, variant], source=source, **common))
+        rows.append(
+            Row(
+                method=method,
+                variant=variant,
+                kind="branch",
+                metrics=intervals[method, variant],
+                source=source,
+                **common,
+            )
+        )
     source = _relative(store.folder(stages[main].references), out)
     for method, variant in reference_names.values():
-        rows.append(Row(method=method, variant=variant, kind="reference", metrics=intervals[method, variant], source=source, **common))
+        rows.append(
+            Row(
+                method=method,
+                variant=variant,
+                kind="reference",
+                metrics=intervals[method, variant],
+                source=source,
+                **common,
+            )
+        )
     rows.append(
-        Row(method="reference", variant="chance", kind="reference", metrics=_chance(protocol, about["n_images"]), source="by arithmetic", **common)
+        Row(
+            method="reference",
+            variant="chance",
+            kind="reference",
+            metrics=_chance(protocol, about["n_images"]),
+            source="by arithmetic",
+            **common,
+        )
     )
     folder = out / "leaderboard"
     for row in rows:
@@ -94,8 +124,19 @@ def write_report(
             write_row(folder / "results", row)
     notes = {key: protocol.describe(key) for key in protocol.slots}
     galleries = [g for name, own in stages.items() for g in _galleries(store, own, name)]
-    axis = Axis(sweep.axis.name, {sweep.variant(v): float(v) for v in sweep.axis.values if _is_number(v)}, log=sweep.axis.log)
-    ranking = build(folder, rows, per_image, galleries, axis if axis.values else None, notes, title=sweep.title, about=sweep.question)
+    axis = Axis(
+        sweep.axis.name, {sweep.variant(v): float(v) for v in sweep.axis.values if _is_number(v)}, log=sweep.axis.log
+    )
+    ranking = build(
+        folder,
+        rows,
+        per_image,
+        galleries,
+        axis if axis.values else None,
+        notes,
+        title=sweep.title,
+        about=sweep.question,
+    )
     return Report(ranking, notes, _sentences(per_image, branch_names["lowlevel"]), folder / "index.html")
 
 
@@ -131,8 +172,15 @@ def _chance(protocol: Protocol, n_images: int) -> dict[str, Any]:
 def _cost(store: Store, stages: VariantStages) -> Cost:
     statuses = [store.status(stage) for stage in stages.chain]
     wall = sum(status.get("wall_s", 0.0) for status in statuses)
-    on_gpu = sum(s.get("wall_s", 0.0) * stage.resources.gpus for s, stage in zip(statuses, stages.chain, strict=True) if s.get("device") != "cpu")
-    trained = [store.status(stage).get("summary", {}).get("parameters", 0) for stage in (stages.encoder, stages.lowlevel, stages.joint)]
+    on_gpu = sum(
+        s.get("wall_s", 0.0) * stage.resources.gpus
+        for s, stage in zip(statuses, stages.chain, strict=True)
+        if s.get("device") != "cpu"
+    )
+    trained = [
+        store.status(stage).get("summary", {}).get("parameters", 0)
+        for stage in (stages.encoder, stages.lowlevel, stages.joint)
+    ]
     return Cost(
         gpu_hours=on_gpu / 3600,
         wall_s=wall,
@@ -147,7 +195,9 @@ def _manifest(store: Store, stages: VariantStages, variant: Variant) -> Manifest
     seeds = {"variant": variant.seed, "validation split": variant.data.validation_seed}
     if variant.data.simulation is not None and "nsd" in stages.prepare.upstream:
         seeds["simulation"] = variant.data.simulation.seed
-    weights = {role: digest for stage in stages.chain for role, digest in stage.digests.items() if stage is not stages.prepare}
+    weights = {
+        role: digest for stage in stages.chain for role, digest in stage.digests.items() if stage is not stages.prepare
+    }
     data = {"prepared": stages.prepare.fingerprint, **stages.prepare.digests}
     return Manifest(
         git=None if not git else git["revision"] + ("+dirty" if git["dirty"] else ""),
@@ -162,7 +212,9 @@ def _manifest(store: Store, stages: VariantStages, variant: Variant) -> Manifest
 def _galleries(store: Store, stages: VariantStages, name: str) -> list[Gallery]:
     folder = store.folder(stages.reconstruct)
     index = np.load(folder / "index.npy")
-    table = pq.read_table(store.folder(stages.score) / "scores.parquet", filters=[("metric", "=", "PixCorr")]).to_pylist()
+    table = pq.read_table(
+        store.folder(stages.score) / "scores.parquet", filters=[("metric", "=", "PixCorr")]
+    ).to_pylist()
     pixcorr = {(row["subject"], row["image_id"], row["variant"]): row["value"] for row in table}
     shown = np.unique(index[:, 1])[:GALLERY_IMAGES]
     galleries = []
@@ -191,5 +243,3 @@ def _relative(folder: Path, out: Path) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-

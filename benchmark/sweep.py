@@ -47,17 +47,41 @@ def parser() -> Parser:
     p.add_argument("sweep", metavar="NAME", help="a sweep, or 'list'")
     p.add_argument("--preset", choices=("demo", "paper"), default="demo", help="sizes and networks (default: demo)")
     p.add_argument("--quick", action="store_true", help="demo only: three points, fewer images and steps")
-    p.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where everything goes (default: runs)")
+    p.add_argument(
+        "--out", type=Path, default=Path("runs"), metavar="DIR", help="where everything goes (default: runs)"
+    )
     p.add_argument("--data", type=Path, metavar="DIR", help="read this NSD tree instead of simulating one")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. lowlevel.dim=64")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. lowlevel.dim=64"
+    )
     p.add_argument("--seed", type=int, help="seed of the variants (default: 0)")
-    p.add_argument("--mode", default="cached", choices=("cached", "retry", "force", "read-only"), help="what to do with results that exist")
+    p.add_argument(
+        "--mode",
+        default="cached",
+        choices=("cached", "retry", "force", "read-only"),
+        help="what to do with results that exist",
+    )
     p.add_argument("--dry-run", action="store_true", help="print what would run, and why; run nothing")
-    p.add_argument("--launcher", choices=("inline", "local"), default="inline", help="in this process, or in processes of their own")
+    p.add_argument(
+        "--launcher",
+        choices=("inline", "local"),
+        default="inline",
+        help="in this process, or in processes of their own",
+    )
     p.add_argument("--parallel", type=int, default=1, metavar="N", help="stages at a time with --launcher local")
     p.add_argument("--threads", type=int, metavar="N", help="threads a stage (default: all cores)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run (default: a GPU where there is one)")
-    p.add_argument("--tracker", choices=("wandb", "jsonl", "none"), default="wandb", help="W&B (offline unless logged in), JSON lines only, or nothing")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where networks run (default: a GPU where there is one)",
+    )
+    p.add_argument(
+        "--tracker",
+        choices=("wandb", "jsonl", "none"),
+        default="wandb",
+        help="W&B (offline unless logged in), JSON lines only, or nothing",
+    )
     p.add_argument("--no-progress", action="store_true", help="no progress bars or lines")
     return p
 
@@ -95,7 +119,9 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--threads {args.threads}: expected 1 or more")
     variants = _variants(sweep, args)
     launcher = make_launcher(args.launcher, args.parallel)
-    options_threads = args.threads or max(1, len(os.sched_getaffinity(0)) // (args.parallel if args.launcher == "local" else 1))
+    options_threads = args.threads or max(
+        1, len(os.sched_getaffinity(0)) // (args.parallel if args.launcher == "local" else 1)
+    )
     digest = _check_data(args, next(iter(variants.values())))
     stages = {name: variant_stages(variant, name, digest) for name, variant in variants.items()}
     main_name = sweep.variant(sweep.axis.main)

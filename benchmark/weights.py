@@ -42,7 +42,9 @@ def weights_file(name: str) -> Path:
         raise UserError(f"the weights of {name} are not installed (package {package}); type: make install")
     path = Path(next(iter(spec.submodule_search_locations))) / inside
     if not path.is_file() or _sha256(path) != digest:
-        raise UserError(f"{path}: missing or damaged (expected sha256 {digest[:12]}...); reinstall the package {package}")
+        raise UserError(
+            f"{path}: missing or damaged (expected sha256 {digest[:12]}...); reinstall the package {package}"
+        )
     return path
 
 
@@ -78,6 +80,8 @@ def network_digests(names: Mapping[str, str]) -> dict[str, str]:
     digests = {}
     for role, name in names.items():
         if name != "demo" and name not in WEIGHTS:
-            raise UserError(f"networks.{role} is '{name}', which this release cannot load; it has {', '.join([*WEIGHTS, 'demo'])}")
+            raise UserError(
+                f"networks.{role} is '{name}', which this release cannot load; it has {', '.join([*WEIGHTS, 'demo'])}"
+            )
         digests[role] = generator_digest() if name == "demo" else weights_digest(name)
     return digests

@@ -74,7 +74,9 @@ def describe_scene(seed: int, index: int) -> Scene:
 
 # --- places -----------------------------------------------------------------------------------------------------------
 
-_SKIES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {  # hue, saturation, value: top, horizon
+_SKIES: dict[
+    str, tuple[tuple[float, float, float], tuple[float, float, float]]
+] = {  # hue, saturation, value: top, horizon
     "beach": ((0.57, 0.65, 0.90), (0.54, 0.25, 1.00)),
     "desert": ((0.06, 0.35, 0.95), (0.11, 0.45, 1.00)),
     "forest": ((0.30, 0.55, 0.28), (0.27, 0.50, 0.45)),
@@ -129,7 +131,9 @@ def _draw_place(scene: Scene, side: int, rng: np.random.Generator) -> Image.Imag
     elif scene.place == "forest":
         for _ in range(7):
             x, width = s * rng.uniform(0, 1), s * rng.uniform(0.03, 0.07)
-            draw.rectangle((x, 0, x + width, horizon + s * rng.uniform(0, 0.12)), fill=colour((0.08, 0.55, rng.uniform(0.16, 0.3))))
+            draw.rectangle(
+                (x, 0, x + width, horizon + s * rng.uniform(0, 0.12)), fill=colour((0.08, 0.55, rng.uniform(0.16, 0.3)))
+            )
         for _ in range(6):
             x, y, r = s * rng.uniform(0, 1), s * rng.uniform(-0.05, 0.16), s * rng.uniform(0.10, 0.18)
             draw.ellipse((x - r, y - r * 0.7, x + r, y + r * 0.7), fill=colour((0.31, 0.7, rng.uniform(0.22, 0.42))))
@@ -144,8 +148,14 @@ def _draw_place(scene: Scene, side: int, rng: np.random.Generator) -> Image.Imag
     elif scene.place == "snow":
         for _ in range(3):
             x, width, height = s * rng.uniform(0, 1), s * rng.uniform(0.22, 0.4), s * rng.uniform(0.18, 0.34)
-            draw.polygon([(x - width, horizon), (x, horizon - height), (x + width, horizon)], fill=colour((0.60, 0.22, 0.62)))
-            peak = [(x - width * 0.3, horizon - height * 0.7), (x, horizon - height), (x + width * 0.3, horizon - height * 0.7)]
+            draw.polygon(
+                [(x - width, horizon), (x, horizon - height), (x + width, horizon)], fill=colour((0.60, 0.22, 0.62))
+            )
+            peak = [
+                (x - width * 0.3, horizon - height * 0.7),
+                (x, horizon - height),
+                (x + width * 0.3, horizon - height * 0.7),
+            ]
             draw.polygon(peak, fill=(248, 250, 255))
     elif scene.place == "city":
         x = 0.0
@@ -162,7 +172,12 @@ def _draw_place(scene: Scene, side: int, rng: np.random.Generator) -> Image.Imag
             draw.line((x, horizon, x + (x - s / 2) * 0.6, s), fill=colour(ground, 0.7), width=max(1, side // 64))
         draw.rectangle((0, horizon - s * 0.03, s, horizon), fill=(245, 240, 232))
         x = s * rng.uniform(0.05, 0.6)
-        draw.rectangle((x, s * 0.07, x + s * 0.32, s * 0.33), fill=colour((0.56, 0.35, 0.97)), outline=(250, 248, 240), width=max(1, side // 36))
+        draw.rectangle(
+            (x, s * 0.07, x + s * 0.32, s * 0.33),
+            fill=colour((0.56, 0.35, 0.97)),
+            outline=(250, 248, 240),
+            width=max(1, side // 36),
+        )
         draw.line((x + s * 0.16, s * 0.07, x + s * 0.16, s * 0.33), fill=(250, 248, 240), width=max(1, side // 48))
     else:  # night
         for _ in range(18):
@@ -302,7 +317,9 @@ def draw_scene(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     for item in scene.objects:
         _draw_object(draw, item, side)
     pixels = np.asarray(image.reduce(2), np.float32)
-    texture = 1 + 0.07 * _pink_noise(size, rng)[..., None] + 0.02 * rng.standard_normal((size, size, 1), dtype=np.float32)
+    texture = (
+        1 + 0.07 * _pink_noise(size, rng)[..., None] + 0.02 * rng.standard_normal((size, size, 1), dtype=np.float32)
+    )
     return np.clip(np.rint(pixels * texture * scene.light), 0, 255).astype(np.uint8)
 
 

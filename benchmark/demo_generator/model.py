@@ -58,7 +58,9 @@ class TokenUNet(nn.Module):
         self.unet = UNet2DConditionModel(**UNET_CONFIG)
         self.token_positions = nn.Parameter(torch.randn(TOKEN_SHAPE) * 0.2)
         line = torch.linspace(-1, 1, UNET_CONFIG["sample_size"])
-        self.register_buffer("coordinates", torch.stack(torch.meshgrid(line, line, indexing="ij"))[None], persistent=False)
+        self.register_buffer(
+            "coordinates", torch.stack(torch.meshgrid(line, line, indexing="ij"))[None], persistent=False
+        )
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **conditions: Any) -> Any:
         """Predict the noise in ``sample`` (B x 4 x 16 x 16) given tokens (B x 16 x 320); see diffusers for the rest."""

@@ -69,7 +69,14 @@ def train_vae(images: Tensor, steps: int, batch: int, generator: torch.Generator
                 x = to_model_range(images[:64])
                 y = vae.decode(vae.encode(x).latent_dist.mode()).sample
             rmse = float((y - x).square().mean().sqrt() / 2)
-            log.info("vae step %d/%d loss %.4f held-out rmse %.4f (%.0f s)", step, steps, float(loss.detach()), rmse, time.monotonic() - start)
+            log.info(
+                "vae step %d/%d loss %.4f held-out rmse %.4f (%.0f s)",
+                step,
+                steps,
+                float(loss.detach()),
+                rmse,
+                time.monotonic() - start,
+            )
     return vae.eval().requires_grad_(False)
 
 
@@ -94,7 +101,9 @@ def train_unet(
         b = len(t)
         others = torch.randint(HELD_OUT, n, (b, 8), generator=rng)
         signs = torch.randn(b, 8, 1, 1, generator=rng) / 8**0.5
-        noise = (tokens[others].float() * signs).sum(1)  # Gaussian mixtures of other pictures: the tokens' own covariance
+        noise = (tokens[others].float() * signs).sum(
+            1
+        )  # Gaussian mixtures of other pictures: the tokens' own covariance
         r = torch.rand(b, 1, 1, generator=rng) * 0.6 + 0.4
         blurred = r**2 * t + r * (1 - r**2).sqrt() * noise
         choice = torch.rand(b, 1, 1, generator=rng)
@@ -130,7 +139,11 @@ def train_unet(
             with torch.no_grad():
                 z, level, noise = noised(latents[:HELD_OUT], rng)
                 held = float((unet(z, level, tokens[:HELD_OUT].float()).sample - noise).square().mean())
-                blind = float((unet(z, level, torch.randn(HELD_OUT, *tokens.shape[1:], generator=rng)).sample - noise).square().mean())
+                blind = float(
+                    (unet(z, level, torch.randn(HELD_OUT, *tokens.shape[1:], generator=rng)).sample - noise)
+                    .square()
+                    .mean()
+                )
             torch.save(unet.state_dict(), checkpoint)
             average.restore(unet.parameters())
             message = "unet step %d/%d loss %.4f held-out %.4f, with noise tokens %.4f (%.0f s)"
@@ -154,10 +167,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(args.out / "train.log", mode="a" if args.reuse_vae else "w")]
+    handlers: list[logging.Handler] = [
+        logging.StreamHandler(),
+        logging.FileHandler(args.out / "train.log", mode="a" if args.reuse_vae else "w"),
+    ]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
     generator = torch.Generator().manual_seed(args.seed)
-    log.info("%s", {k: str(v) for k, v in vars(args).items() if k != "out"} | {"torch": torch.__version__, "machine": platform.machine()})
+    log.info(
+        "%s",
+        {k: str(v) for k, v in vars(args).items() if k != "out"}
+        | {"torch": torch.__version__, "machine": platform.machine()},
+    )
 
     pictures, _ = render_scenes(args.images, RESERVED_SEED)
     images = torch.from_numpy(pictures)
@@ -175,14 +195,22 @@ def main() -> None:
     else:
         vae = train_vae(images, args.vae_steps, args.batch, generator)
     with torch.no_grad():
-        encoded = [vae.encode(to_model_range(images[i : i + 128])).latent_dist.mode() for i in range(0, len(images), 128)]
+        encoded = [
+            vae.encode(to_model_range(images[i : i + 128])).latent_dist.mode() for i in range(0, len(images), 128)
+        ]
     latents = torch.cat(encoded)
     scaling = 1 / float(latents[HELD_OUT:].std())
     log.info("latents: scaling factor %.4f", scaling)
     checkpoint = args.out / "unet.checkpoint.tmp"
     DemoGenerator(vae, TokenUNet(), scaling, mean, std).save(args.out, {})
     unet = train_unet(latents * scaling, tokens, args.unet_steps, args.batch, generator, checkpoint)
-    record = {"seed": args.seed, "images": args.images, "vae_steps": args.vae_steps, "unet_steps": args.unet_steps, "batch": args.batch}
+    record = {
+        "seed": args.seed,
+        "images": args.images,
+        "vae_steps": args.vae_steps,
+        "unet_steps": args.unet_steps,
+        "batch": args.batch,
+    }
     DemoGenerator(vae, unet, scaling, mean, std).save(args.out, record)
     checkpoint.unlink(missing_ok=True)
 

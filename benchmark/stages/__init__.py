@@ -159,7 +159,13 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         name="joint",
         run="benchmark.stages.bit:run_joint",
         config={**trained(variant.joint), "bit": bit_sizes, "generator": networks.generator},
-        upstream={"data": prepare, "targets": targets, "clusters": clusters, "external": external, "semantic": semantic},
+        upstream={
+            "data": prepare,
+            "targets": targets,
+            "clusters": clusters,
+            "external": external,
+            "semantic": semantic,
+        },
         digests={"generator": weights["generator"]},
         label=label,
         resources=JOINT,
@@ -176,7 +182,18 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
             "semantic": {name: bit_sizes[name] for name in ("dim", "depth", "heads")},
             "lowlevel": {
                 name: low[name]
-                for name in ("dim", "depth", "heads", "width", "input_size", "layers", "windows", "sampled", "standardise")
+                for name in (
+                    "dim",
+                    "depth",
+                    "heads",
+                    "width",
+                    "input_size",
+                    "layers",
+                    "windows",
+                    "sampled",
+                    "standardise",
+                    "centre",
+                )
             },
             "lowlevel_network": networks.lowlevel,
             "generator": networks.generator,

@@ -25,6 +25,7 @@ from methods.brain_it.losses import multi_layer_info_nce
 from methods.brain_it.tokenizer import VoxelLayout, sample_voxels
 from methods.brain_it.transformer import BIT
 from methods.brain_it.unclip import diffusion_loss
+from methods.brain_it.vgg_tokens import fit_calibration
 
 VALIDATION_SEED = 20
 
@@ -151,8 +152,8 @@ def _correlation(predicted: Tensor, true: Tensor) -> Tensor:
 def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     """Train the low-level BIT with InfoNCE on sampled positions (Sec. 3.2).
 
-    Outputs: ``bit.safetensors``, and ``spread.npy``: for each layer, the spread of the true tokens of validation images
-    over that of the predicted ones.
+    Outputs: ``bit.safetensors``, and ``calibration.safetensors``: for each layer, the linear map from predicted to true
+    tokens that fits the validation images best.
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
@@ -183,31 +184,34 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     validation = Validation(data).batches(config["batch"])
 
     def validate() -> dict[str, float]:
-        generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same positions each time, sampled as in training
+        generator = torch.Generator().manual_seed(
+            VALIDATION_SEED
+        )  # the same positions each time, sampled as in training
         losses, correlations = [], []
         for batch in validation:
             loss, predicted, true = loss_of(batch, generator, None)
             losses.append(float(loss) * len(batch.rows))
             correlations.append(_correlation(predicted, true))
-        return {"loss": sum(losses) / sum(len(b.rows) for b in validation), "correlation": float(torch.cat(correlations).mean())}
+        return {
+            "loss": sum(losses) / sum(len(b.rows) for b in validation),
+            "correlation": float(torch.cat(correlations).mean()),
+        }
 
     summary = _fit(ctx, bit, batch_loss, validate, "low-level BIT")
     save_file(bit.state_dict(), ctx.out / "bit.safetensors")
-    np.save(ctx.out / "spread.npy", _spread(bit, validation, targets, ctx.device))
+    matrices = _calibration(bit, validation, targets, ctx.device)
+    save_file({str(k): matrix.contiguous() for k, matrix in enumerate(matrices)}, ctx.out / "calibration.safetensors")
     return summary
 
 
-def _spread(bit: BIT, validation: list[Batch], targets: LowLevelTargets, device: str) -> np.ndarray:
-    """Return, for each layer, by what factor the predictions' deviation falls short of (or exceeds) the targets'."""
-    sizes = list(targets.tokens.layer_sizes)
-    sums = np.zeros((2, len(sizes)))
+def _calibration(bit: BIT, validation: list[Batch], targets: LowLevelTargets, device: str) -> list[Tensor]:
+    """Fit each layer's linear map from predicted to true tokens on the validation images."""
     bit.eval()
     with torch.no_grad():
-        for batch in validation:
-            predicted = bit(batch.betas.to(device), batch.subject.to(device)).float().cpu()
-            for k, values in enumerate((targets(batch.rows), predicted)):
-                sums[k] += [float(part.square().sum()) for part in values.split(sizes, 1)]
-    return np.sqrt(sums[0] / np.maximum(sums[1], 1e-12))
+        pairs = (
+            (bit(batch.betas.to(device), batch.subject.to(device)).float(), targets(batch.rows)) for batch in validation
+        )
+        return fit_calibration(pairs, targets.tokens.layer_sizes)
 
 
 def run_semantic(ctx: StageContext) -> dict[str, Any]:

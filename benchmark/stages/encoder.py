@@ -74,10 +74,12 @@ def run(ctx: StageContext) -> dict[str, Any]:
         found = []
         for position in range(len(data.subjects)):
             own = np.flatnonzero(validation.subject == position)
-            predicted = torch.cat([
-                model.predict([f.to(ctx.device) for f in features(validation_targets[part])], position).cpu()
-                for part in np.array_split(own, max(1, len(own) // PREDICT_BATCH))
-            ])
+            predicted = torch.cat(
+                [
+                    model.predict([f.to(ctx.device) for f in features(validation_targets[part])], position).cpu()
+                    for part in np.array_split(own, max(1, len(own) // PREDICT_BATCH))
+                ]
+            )
             measured = torch.from_numpy(data.betas[position][validation.row[own]])
             found.append(voxel_correlation(predicted, measured))
         return found

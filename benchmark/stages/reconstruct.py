@@ -19,6 +19,7 @@ from benchmark.stages.prepare import Prepared
 from benchmark.stages.targets import LowLevelTargets, as_pixels
 from methods.brain_it.dip import invert
 from methods.brain_it.generate import GenerationSettings, combined_images, semantic_images
+from methods.brain_it.vgg_tokens import calibrate
 
 KINDS = ("lowlevel", "semantic", "combined")
 PREDICT_BATCH = 64
@@ -69,7 +70,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
     generator.unet.load_state_dict(load_file(ctx.inputs["joint"] / "unet.safetensors"))  # type: ignore[attr-defined]
     generator.unet.to(ctx.device).eval()  # type: ignore[attr-defined]
     generator.vae.to(ctx.device).eval()  # type: ignore[attr-defined]
-    settings = GenerationSettings(**{k: config["generation"][k] for k in ("steps", "start_step", "guidance", "offset_noise", "contrast")})
+    settings = GenerationSettings(
+        **{k: config["generation"][k] for k in ("steps", "start_step", "guidance", "offset_noise", "contrast")}
+    )
     batch = config["batch"]["generation"]
     with torch.no_grad():
         targets = LowLevelTargets(ctx.inputs["targets"], config["lowlevel"])
@@ -90,14 +93,17 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {"images": len(ids), "subjects": len(subjects)}
 
 
-def _invert(ctx: StageContext, config: dict[str, Any], targets: LowLevelTargets, tokens: Tensor, seeds: list[int]) -> Tensor:
+def _invert(
+    ctx: StageContext, config: dict[str, Any], targets: LowLevelTargets, tokens: Tensor, seeds: list[int]
+) -> Tensor:
     """Turn predicted low-level tokens into images (Sec. 3.2, App. D.2)."""
     low, dip = config["lowlevel"], config["dip"]
     network = networks.feature_network(config["lowlevel_network"]).to(ctx.device)
-    if dip["match_spread"]:
-        spread = np.load(ctx.inputs["lowlevel"] / "spread.npy")
-        gains = [torch.full((size,), float(gain)) for size, gain in zip(targets.tokens.layer_sizes, spread, strict=True)]
-        tokens = tokens * torch.cat(gains).to(tokens.device)[:, None]
+    if dip["calibrate"]:
+        found = load_file(ctx.inputs["lowlevel"] / "calibration.safetensors")
+        sizes = targets.tokens.layer_sizes
+        tokens = calibrate(tokens, sizes, [found[str(k)] for k in range(len(sizes))])
+    tokens = tokens * dip["gain"]
 
     def features(images: Tensor) -> list[Tensor]:
         maps = network.features(images, low["layers"])

@@ -43,18 +43,22 @@ class _Judge:
     def score(self, images: np.ndarray, subject: int, ids: np.ndarray, method: str, variant: str) -> pd.DataFrame:
         """Return one row an image and metric."""
         truths = np.stack([self.seen[int(image)] for image in ids])
-        scores = evaluate(images, truths, self.protocol, self.backbones, ids.tolist(), cache=_CACHE, threads=self.ctx.threads)
+        scores = evaluate(
+            images, truths, self.protocol, self.backbones, ids.tolist(), cache=_CACHE, threads=self.ctx.threads
+        )
         parts = [
-            pd.DataFrame({
-                "track": self.ctx.config["track"],
-                "method": method,
-                "variant": variant,
-                "subject": subject,
-                "seed": self.ctx.config["seed"],
-                "image_id": ids,
-                "metric": key,
-                "value": values.astype(np.float64),
-            })
+            pd.DataFrame(
+                {
+                    "track": self.ctx.config["track"],
+                    "method": method,
+                    "variant": variant,
+                    "subject": subject,
+                    "seed": self.ctx.config["seed"],
+                    "image_id": ids,
+                    "metric": key,
+                    "value": values.astype(np.float64),
+                }
+            )
             for key, values in scores.per_image.items()
         ]
         return pd.concat(parts, ignore_index=True)
@@ -75,7 +79,13 @@ class _Judge:
         about = {"protocol": self.protocol.name, "protocol_hash": digest, "subjects": subjects, "n_images": len(ids)}
         (self.ctx.out / "protocol.json").write_text(json.dumps(about, indent=2) + "\n")
         means = table.groupby(["method", "variant", "metric"], sort=False)["value"].mean()
-        return {"images": len(ids), **{f"{m} {v} {k}".replace("  ", " "): float(x) for (m, v, k), x in zip(means.index.to_list(), means.to_list(), strict=True)}}
+        return {
+            "images": len(ids),
+            **{
+                f"{m} {v} {k}".replace("  ", " "): float(x)
+                for (m, v, k), x in zip(means.index.to_list(), means.to_list(), strict=True)
+            },
+        }
 
 
 def run(ctx: StageContext) -> dict[str, Any]:

@@ -59,16 +59,17 @@ def run(ctx: StageContext) -> dict[str, Any]:
             images = data.target_images(np.arange(rows.start, rows.stop))
             for k, tokens in enumerate(backbone(as_pixels(images, config["encoder_size"]))):
                 keep(f"encoder_{k}", rows, tokens)
-            maps = lowlevel.features(as_pixels(images, config["lowlevel_size"]), config["layers"])
+            found = lowlevel.features(as_pixels(images, config["lowlevel_size"]), config["layers"])
             for k, layer in enumerate(config["layers"]):
-                keep(f"lowlevel_{k}", rows, maps[layer])
+                keep(f"lowlevel_{k}", rows, found[layer])
             keep("semantic", rows, semantic(as_pixels(images)))
             keep("latents", rows, encode(generator.vae, as_pixels(images, generator.image_size)))
             bar.advance(rows.stop - rows.start)
     for array in outputs.values():
         array.flush()
-    stats = ChannelStats.fit(_training_maps(data, [outputs[f"lowlevel_{k}"] for k in range(len(config["layers"]))]))
-    save_file(stats.tensors(), ctx.out / "lowlevel_stats.safetensors")
+    maps = [outputs[f"lowlevel_{k}"] for k in range(len(config["layers"]))]
+    save_file(ChannelStats.fit(_training_maps(data, maps)).tensors(), ctx.out / "lowlevel_stats.safetensors")
+    save_file(_mean_maps(data, maps), ctx.out / "lowlevel_mean.safetensors")
     return {"images": data.n_targets, **{name: list(array.shape[1:]) for name, array in outputs.items()}}
 
 
@@ -78,14 +79,27 @@ def _training_maps(data: Prepared, maps: list[np.ndarray]) -> Iterator[list[Tens
         yield [torch.from_numpy(layer[rows[start : start + BATCH]]).float() for layer in maps]
 
 
+def _mean_maps(data: Prepared, maps: list[np.ndarray]) -> dict[str, Tensor]:
+    """Return the mean of each layer's maps over the training images: C x h x w."""
+    sums = [torch.zeros(layer.shape[1:], dtype=torch.float64) for layer in maps]
+    for batch in _training_maps(data, maps):
+        for total, layer in zip(sums, batch, strict=True):
+            total += layer.double().sum(0)
+    return {str(k): (total / len(data.train_ids)).float() for k, total in enumerate(sums)}
+
+
 class LowLevelTargets:
-    """Low-level target tokens: feature maps, standardised where the config says so, merged and replicated."""
+    """Low-level target tokens: feature maps, standardised and centred where the config says so, merged and replicated."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.maps = [np.load(folder / f"lowlevel_{k}.npy", mmap_mode="r") for k in range(len(config["layers"]))]
         self.stats: ChannelStats | None = None
         if config["standardise"]:
             self.stats = ChannelStats.from_tensors(load_file(folder / "lowlevel_stats.safetensors"))
+        self.mean: list[Tensor] | None = None
+        if config["centre"]:
+            mean = load_file(folder / "lowlevel_mean.safetensors")
+            self.mean = [m[0] for m in self._scaled([mean[str(k)][None] for k in range(len(mean))])]
         self.tokens = FeatureTokens(
             tuple(
                 TokenLayer(channels=m.shape[1], size=m.shape[2], window=window, stride=stride, sampled=sampled)
@@ -101,6 +115,12 @@ class LowLevelTargets:
 
     def standardised(self, maps: list[Tensor]) -> list[Tensor]:
         """Return maps on the scale of the targets, on the device where they are."""
+        scaled = self._scaled(maps)
+        if self.mean is None:
+            return scaled
+        return [layer - mean.to(layer) for layer, mean in zip(scaled, self.mean, strict=True)]
+
+    def _scaled(self, maps: list[Tensor]) -> list[Tensor]:
         if self.stats is None:
             return maps
         device = maps[0].device

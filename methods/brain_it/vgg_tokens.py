@@ -246,3 +246,49 @@ class ChannelStats:
         """Rebuild from `tensors()`."""
         layers = range(len(tensors) // 2)
         return cls(tuple(tensors[f"means.{i}"] for i in layers), tuple(tensors[f"stds.{i}"] for i in layers))
+
+
+def fit_calibration(
+    batches: Iterable[tuple[Tensor, Tensor]], layer_sizes: Sequence[int], ridge: float = 1e-3
+) -> list[Tensor]:
+    """Fit, for each layer, the linear map from predicted to true tokens with the least squared error.
+
+    InfoNCE shapes predictions so that their products with true tokens tell those apart: directions that are predicted
+    well are stretched, others shrunk. Inversion compares features by squared error, so it needs the map back.
+
+    Args:
+        batches: (predicted, true) tokens of held-out images, (B, tokens, width) each.
+        layer_sizes: tokens of each layer.
+        ridge: penalty, relative to the mean square of the predictions.
+
+    Returns:
+        One (width, width) matrix a layer: true is about predicted @ matrix.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    sizes = list(layer_sizes)
+    gram: list[Tensor] = []
+    cross: list[Tensor] = []
+    for predicted, true in batches:
+        width = predicted.shape[-1]
+        if not gram:
+            gram = [torch.zeros(width, width, dtype=torch.float64) for _ in sizes]
+            cross = [torch.zeros_like(g) for g in gram]
+        for k, (x, y) in enumerate(zip(predicted.split(sizes, 1), true.split(sizes, 1), strict=True)):
+            x, y = x.reshape(-1, width).double().cpu(), y.reshape(-1, width).double().cpu()
+            gram[k] += x.T @ x
+            cross[k] += x.T @ y
+    if not gram:
+        raise ValueError("no predicted tokens to fit a calibration to")
+    matrices = []
+    for g, c in zip(gram, cross, strict=True):
+        penalty = ridge * g.diagonal().mean().clamp(min=1e-12) * torch.eye(len(g), dtype=torch.float64)
+        matrices.append(torch.linalg.solve(g + penalty, c).float())
+    return matrices
+
+
+def calibrate(tokens: Tensor, layer_sizes: Sequence[int], matrices: Sequence[Tensor]) -> Tensor:
+    """Apply what :func:`fit_calibration` found to predicted tokens (B, tokens, width)."""
+    layers = zip(tokens.split(list(layer_sizes), 1), matrices, strict=True)
+    return torch.cat([layer @ matrix.to(layer) for layer, matrix in layers], 1)

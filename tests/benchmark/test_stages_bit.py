@@ -24,6 +24,7 @@ from benchmark.graph import Stage
 from benchmark.stages import bit as bit_stage
 from benchmark.stages.bit import Pool, Validation, build_bit, voxel_layout
 from benchmark.stages.prepare import Prepared
+from benchmark.stages.targets import LowLevelTargets
 from benchmark.store import CHECKPOINTS, Store, read_json
 
 pytestmark = pytest.mark.timeout(900)  # the first test that needs the small sweep waits for it
@@ -166,21 +167,28 @@ def test_training_beats_the_start_and_the_best_weights_are_kept(tiny_run: Any, t
     assert summary["parameters"] == sum(p.numel() for p in bit.parameters())
 
 
-def test_low_level_outputs_the_spread_of_true_over_predicted(tiny_run: Any) -> None:
-    from benchmark.stages.targets import LowLevelTargets
-
+def test_the_calibration_is_the_best_linear_map_on_the_validation_images(tiny_run: Any) -> None:
     folder, stage = tiny_run.folder("lowlevel"), tiny_run.stage("lowlevel")
     data = Prepared(tiny_run.folder("prepare"))
     targets = LowLevelTargets(tiny_run.folder("targets"), dict(stage.config))
-    layout = voxel_layout(data, tiny_run.folder("clusters"))
-    bit = build_bit(stage.config, layout, targets.tokens.tokens, targets.tokens.width).eval()
+    tokens = targets.tokens
+    bit = build_bit(stage.config, voxel_layout(data, tiny_run.folder("clusters")), tokens.tokens, tokens.width).eval()
     bit.load_state_dict(load_file(folder / "bit.safetensors"))
     validation = Validation(data).batches(100)[0]
     with torch.no_grad():
-        predicted = bit(validation.betas, validation.subject).split(targets.tokens.layer_sizes, 1)
-    true = targets(validation.rows).split(targets.tokens.layer_sizes, 1)
-    expected = [float((t.square().mean() / p.square().mean()).sqrt()) for t, p in zip(true, predicted, strict=True)]
-    assert np.load(folder / "spread.npy") == pytest.approx(expected, rel=1e-4)
+        predicted = bit(validation.betas, validation.subject).double()
+    true = targets(validation.rows).double()
+    matrices = load_file(folder / "calibration.safetensors")
+    assert sorted(matrices) == ["0", "1", "2", "3", "4"]
+    for k, (x, y) in enumerate(
+        zip(predicted.split(tokens.layer_sizes, 1), true.split(tokens.layer_sizes, 1), strict=True)
+    ):
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+        matrix = matrices[str(k)].double()
+        assert float((x @ matrix - y).square().sum()) <= float(min(y.square().sum(), (x - y).square().sum()))
+        penalty = 1e-3 * x.square().sum(0).mean()
+        gradient = x.T @ (x @ matrix - y) + penalty * matrix
+        assert float(gradient.norm()) < 1e-3 * float((x.T @ y).norm())
 
 
 @pytest.mark.parametrize("role", ["lowlevel", "semantic"])
@@ -299,7 +307,7 @@ def test_kill_9_in_the_middle_changes_no_bit_of_the_result(
 
     steps.clear()
     folder = store.folder(stage)
-    kept = {name: (folder / name).read_bytes() for name in ("bit.safetensors", "spread.npy")}
+    kept = {name: (folder / name).read_bytes() for name in ("bit.safetensors", "calibration.safetensors")}
     summary = store.status(stage)["summary"]
     assert not (folder / CHECKPOINTS).exists()
     assert execute(stage, store, replace(options, force=True)).state == "done"

@@ -169,7 +169,8 @@ def test_each_target_row_is_of_its_image(tiny_run: Any, data: Prepared) -> None:
     expected = {f"lowlevel_{k}": lite0.features(pixels, [f"block{k}"])[f"block{k}"] for k in range(5)}
     expected["semantic"] = networks.semantic_network("lite0")(pixels)
     expected["latents"] = encode(generator.vae, pixels)
-    backbone = networks.encoder_backbone("lite0", (1, 2, 3, 5, 7), 0, 8)
+    config = tiny_run.stage("targets").config
+    backbone = networks.encoder_backbone("lite0", config["taps"], 0, config["grid"])
     expected |= {f"encoder_{k}": tokens for k, tokens in enumerate(backbone(pixels))}
     for name, values in expected.items():
         stored = np.load(folder / f"{name}.npy", mmap_mode="r")[rows]
@@ -190,23 +191,34 @@ def test_statistics_are_of_training_images_alone(tiny_run: Any, data: Prepared) 
         assert np.allclose(stats[f"stds.{k}"][alive], deviation[alive], rtol=1e-3)
 
 
-def test_low_level_targets_are_standardised_and_merged(tiny_run: Any, data: Prepared) -> None:
-    config = dict(tiny_run.stage("lowlevel").config)
-    targets = LowLevelTargets(tiny_run.folder("targets"), config)
-    tokens = targets.tokens
-    assert tokens.layer_sizes == (16 * 16, 15 * 15, 8 * 8, 4 * 4, 4 * 4) and tokens.width == 112
+def test_low_level_targets_are_standardised_centred_and_merged(tiny_run: Any, data: Prepared) -> None:
+    config, folder = dict(tiny_run.stage("lowlevel").config), tiny_run.folder("targets")
     rows = data.target_rows(data.train_ids)
-    values = targets(rows)
-    assert values.shape == (len(rows), tokens.tokens, tokens.width) and values.dtype == torch.float32
-    maps = tokens.unmerge(values)
-    for features in maps:
+
+    def maps(**changes: bool) -> list[torch.Tensor]:
+        targets = LowLevelTargets(folder, {**config, **changes})
+        values = targets(rows)
+        assert targets.tokens.layer_sizes == (16 * 16, 15 * 15, 8 * 8, 4 * 4, 4 * 4) and targets.tokens.width == 112
+        assert values.shape == (len(rows), 16 * 16 + 15 * 15 + 8 * 8 + 4 * 4 + 4 * 4, 112)
+        assert values.dtype == torch.float32
+        return targets.tokens.unmerge(values)
+
+    raw = maps(standardise=False, centre=False)
+    for k, features in enumerate(raw):
+        assert np.allclose(features, np.load(folder / f"lowlevel_{k}.npy")[rows].astype(np.float32), atol=1e-5)
+    scaled = maps(standardise=True, centre=False)
+    for features in scaled:
         assert float(features.mean()) == pytest.approx(0, abs=1e-3)
         deviation = features.std((0, 2, 3))
         assert float((deviation[deviation > 0] - 1).abs().max()) < 0.01, "each channel has deviation 1, or is dead"
-    raw = LowLevelTargets(tiny_run.folder("targets"), {**config, "standardise": False})
-    assert raw.stats is None
-    stored = np.load(tiny_run.folder("targets") / "lowlevel_3.npy")[rows].astype(np.float32)
-    assert np.allclose(tokens.unmerge(raw(rows))[3], stored, atol=1e-5)
+    for features, before in (
+        (maps(standardise=True, centre=True), scaled),
+        (maps(standardise=False, centre=True), raw),
+    ):
+        for layer, whole in zip(features, before, strict=True):
+            scale = max(1.0, float(whole.abs().max()))
+            assert float(layer.mean(0).abs().max()) < 1e-4 * scale, "each place has mean 0 over the training images"
+            assert torch.allclose(layer, whole - whole.mean(0), atol=1e-4 * scale)
 
 
 def test_pixels_are_scaled_and_resized() -> None:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmark.errors import UserError
 from benchmark.stages import reconstruct
+from benchmark.stages.bit import build_bit, voxel_layout
 from benchmark.stages.prepare import Prepared
 from benchmark.stages.reconstruct import KINDS, image_name, image_seed, read_images
+from benchmark.stages.targets import LowLevelTargets
 from methods.brain_it.dip import invert
 
 pytestmark = pytest.mark.timeout(900)  # the first test that needs the small sweep waits for it
@@ -107,7 +110,7 @@ def test_the_seed_of_the_run_changes_every_image(tiny_run: Any, tmp_path: Path) 
         assert np.abs(first[kind] - second[kind]).max() > 2, kind
 
 
-def test_predictions_are_brought_to_the_spread_of_the_targets(
+def test_predictions_are_calibrated_before_they_are_inverted(
     tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[list[torch.Tensor]] = []
@@ -118,18 +121,23 @@ def test_predictions_are_brought_to_the_spread_of_the_targets(
 
     monkeypatch.setattr(reconstruct, "invert", keep)
     stage = tiny_run.stage("reconstruct")
-    one = {"subjects": [1], "test_images": 1, "steps": 2}
-    for match in (False, True):
-        rerun(
-            tiny_run,
-            tmp_path / str(match),
-            dip={**stage.config["dip"], "steps": 1, "match_spread": match},
-            generation=one,
-        )
-    spread = np.load(tiny_run.folder("lowlevel") / "spread.npy")
-    assert len(spread) == 5 and (spread != 1).all()
-    for plain, matched, gain in zip(*given, spread, strict=True):
-        assert torch.allclose(matched, plain * float(gain), rtol=1e-4)
+    one = {"subjects": [2], "test_images": 1, "steps": 2}
+    for wanted in (False, True):
+        dip = {**stage.config["dip"], "steps": 1, "calibrate": wanted}
+        rerun(tiny_run, tmp_path / str(wanted), dip=dip, generation=one)
+
+    data, low = Prepared(tiny_run.folder("prepare")), stage.config["lowlevel"]
+    tokens = LowLevelTargets(tiny_run.folder("targets"), low).tokens
+    bit = build_bit(low, voxel_layout(data, tiny_run.folder("clusters")), tokens.tokens, tokens.width).eval()
+    bit.load_state_dict(load_file(tiny_run.folder("lowlevel") / "bit.safetensors"))
+    row = np.searchsorted(data.seen_ids[1], data.shared_ids[:1])
+    with torch.no_grad():
+        predicted = bit(torch.from_numpy(data.padded_betas(np.array([1]), row)), torch.tensor([1]))
+    matrices = load_file(tiny_run.folder("lowlevel") / "calibration.safetensors")
+    parts = [part @ matrices[str(k)] for k, part in enumerate(predicted.split(tokens.layer_sizes, 1))]
+    for expected, found in ((predicted, given[0]), (torch.cat(parts, 1), given[1])):
+        for a, b in zip(tokens.unmerge(expected * stage.config["dip"]["gain"]), found, strict=True):
+            assert torch.allclose(a, b, atol=1e-4 * max(1.0, float(a.abs().max())))
 
 
 def test_a_subject_that_is_not_there_is_a_users_error(tiny_run: Any, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_dry_run_says_what_is_cached_and_what_changed(sweep_here: Run, tiny_ru
     other = sweep_here(*tiny_run.arguments, *elsewhere, "--out", tiny_run.out, "--dry-run")
     assert other.out == same.out, "how it runs changes no result"
 
-    changed = sweep_here(*tiny_run.arguments, "--set", "generation.guidance=3", "--out", tiny_run.out, "--dry-run")
+    changed = sweep_here(*tiny_run.arguments, "--set", "generation.guidance=3.25", "--out", tiny_run.out, "--dry-run")
     lines = [line.split(maxsplit=2) for line in changed.out.splitlines()[1:]]
     runs = [line for line in lines if line[0] == "run"]
     assert {line[1] for line in runs} == {"reconstruct", "score", "references"} and len(runs) == 3 + 3 + 1

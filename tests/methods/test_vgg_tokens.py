@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
 
-from methods.brain_it.vgg_tokens import VGG16, ChannelStats, FeatureTokens, TokenLayer
+from methods.brain_it.vgg_tokens import VGG16, ChannelStats, FeatureTokens, TokenLayer, calibrate, fit_calibration
 
 
 def merged_by_hand(layer: TokenLayer, features: torch.Tensor, width: int) -> torch.Tensor:
@@ -151,3 +152,18 @@ def test_channel_statistics_standardise_and_are_undone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.apply(maps), standard, strict=True))
     with pytest.raises(ValueError, match="no feature maps"):
         ChannelStats.fit([])
+
+
+def test_calibration_is_ridge_regression_layer_by_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randn(40, 7, 6, generator=generator)
+    true = predicted @ torch.randn(6, 6, generator=generator) + torch.randn(40, 7, 6, generator=generator)
+    matrices = fit_calibration([(predicted[:15], true[:15]), (predicted[15:], true[15:])], (4, 3), ridge=0.5)
+    for part, matrix in zip((slice(0, 4), slice(4, 7)), matrices, strict=True):
+        x, y = (t[:, part].reshape(-1, 6).double().numpy() for t in (predicted, true))
+        penalty = 0.5 * float((x**2).sum(0).mean())
+        expected = Ridge(alpha=penalty, fit_intercept=False).fit(x, y).coef_.T
+        assert matrix.numpy() == pytest.approx(expected, abs=1e-5)
+    assert torch.allclose(calibrate(predicted, (4, 3), matrices)[:, 4:], predicted[:, 4:] @ matrices[1])
+    with pytest.raises(ValueError, match="no predicted tokens"):
+        fit_calibration([], (4, 3))
