@@ -145,8 +145,8 @@ class LowLevelConfig(BranchConfig):
     standardise: bool = Field(False, description="Bring each channel to mean 0, deviation 1 over the training images.")
     centre: bool = Field(
         False,
-        description="Take off each place's mean over the training images: else InfoNCE's easiest negatives, other places of the "
-        "same picture, are told apart by place alone.",
+        description="Take off each place's mean over the training images: else InfoNCE's easiest negatives, other "
+        "places of the same picture, are told apart by place alone.",
     )
     scale: PositiveFloat = Field(1.0, description="Of the InfoNCE logits (official code: 1, no normalisation).")
 
@@ -201,8 +201,8 @@ class DipConfig(Settings):
     ema: float = Field(0.99, ge=0, lt=1, description="Decay of the running mean of outputs that is returned.")
     calibrate: bool = Field(
         False,
-        description="Map each layer's predictions linearly to the true tokens of validation images first: InfoNCE shapes "
-        "them for telling tokens apart, not for a squared error. The paper inverts them as they are.",
+        description="Map each layer's predictions linearly to the true tokens of validation images first: InfoNCE "
+        "shapes them for telling tokens apart, not for a squared error. The paper inverts them as they are.",
     )
     gain: PositiveFloat = Field(
         1.0, description="Factor on the (calibrated) predictions; they shrink towards the mean."
@@ -352,7 +352,7 @@ def demo() -> Variant:
         dip=DipConfig(
             size=64, steps=100, lr=1e-2, channels=12, skip=4, depth=16, ema=0.9, calibrate=True, gain=1.3, batch=24
         ),
-        generation=GenerationConfig(steps=24, start_step=9, guidance=2.0, contrast=1.0, batch=48),
+        generation=GenerationConfig(steps=24, start_step=9, guidance=3.0, contrast=1.0, batch=48),
         score=ScoreConfig(protocol="demo"),
     )
 

@@ -81,7 +81,7 @@ def train_vae(images: Tensor, steps: int, batch: int, generator: torch.Generator
 
 
 def train_unet(
-    latents: Tensor, tokens: Tensor, steps: int, batch: int, generator: torch.Generator, checkpoint: Path
+    latents: Tensor, tokens: Tensor, steps: int, stop: int, batch: int, generator: torch.Generator, checkpoint: Path
 ) -> TokenUNet:
     """Fit the noise predictor on normalised latents and tokens; return its exponential average."""
     from diffusers import EulerDiscreteScheduler
@@ -148,6 +148,8 @@ def train_unet(
             average.restore(unet.parameters())
             message = "unet step %d/%d loss %.4f held-out %.4f, with noise tokens %.4f (%.0f s)"
             log.info(message, step, steps, running, held, blind, time.monotonic() - start)
+        if step == stop:
+            break
     average.copy_to(unet.parameters())
     return unet.eval().requires_grad_(False)
 
@@ -159,6 +161,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16000)
     parser.add_argument("--vae-steps", type=int, default=1400)
     parser.add_argument("--unet-steps", type=int, default=3600)
+    parser.add_argument(
+        "--stop-after", type=int, default=-1, help="end the denoiser's training after this step of its schedule"
+    )
     parser.add_argument("--reuse-vae", action="store_true", help="take OUT's autoencoder and train the denoiser only")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -203,12 +208,13 @@ def main() -> None:
     log.info("latents: scaling factor %.4f", scaling)
     checkpoint = args.out / "unet.checkpoint.tmp"
     DemoGenerator(vae, TokenUNet(), scaling, mean, std).save(args.out, {})
-    unet = train_unet(latents * scaling, tokens, args.unet_steps, args.batch, generator, checkpoint)
+    unet = train_unet(latents * scaling, tokens, args.unet_steps, args.stop_after, args.batch, generator, checkpoint)
     record = {
         "seed": args.seed,
         "images": args.images,
         "vae_steps": args.vae_steps,
         "unet_steps": args.unet_steps,
+        "stop_after": args.stop_after,
         "batch": args.batch,
     }
     DemoGenerator(vae, unet, scaling, mean, std).save(args.out, record)

@@ -89,7 +89,7 @@ def _mean_maps(data: Prepared, maps: list[np.ndarray]) -> dict[str, Tensor]:
 
 
 class LowLevelTargets:
-    """Low-level target tokens: feature maps, standardised and centred where the config says so, merged and replicated."""
+    """Low-level target tokens: feature maps, standardised and centred as the config says, merged and replicated."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.maps = [np.load(folder / f"lowlevel_{k}.npy", mmap_mode="r") for k in range(len(config["layers"]))]
