@@ -51,7 +51,8 @@ class Stage:
 
     ``name`` is the kind of stage and its folder in the store; ``run`` names the function that computes it
     (``module:function``), imported where the stage runs. ``label`` (shown to people, such as ``clusters=128``) and
-    ``resources`` do not enter the fingerprint.
+    ``resources`` do not enter the fingerprint, nor
+    do ``hints``: settings that change no result, such as how many images are worked on side by side.
 
     Raises:
         ValueError: a name or ``run`` of the wrong form, or a configuration that is not JSON (tuples become lists; NaN
@@ -66,6 +67,7 @@ class Stage:
     digests: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
     resources: Resources = Resources()
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -75,6 +77,7 @@ class Stage:
         # A private copy in JSON's own types: whoever changes the dict they passed cannot change the fingerprint.
         object.__setattr__(self, "config", _as_json(self.config, f"stage {self.name}: config"))
         object.__setattr__(self, "digests", _as_json(self.digests, f"stage {self.name}: digests"))
+        object.__setattr__(self, "hints", _as_json(self.hints, f"stage {self.name}: hints"))
         object.__setattr__(self, "upstream", dict(self.upstream))
 
     def __hash__(self) -> int:
@@ -128,6 +131,7 @@ class Stage:
                 "digests": dict(stage.digests),
                 "label": stage.label,
                 "resources": asdict(stage.resources),
+                "hints": dict(stage.hints),
             }
         return {"target": self.fingerprint, "stages": stages}
 

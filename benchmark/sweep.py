@@ -117,6 +117,8 @@ def _run(args: argparse.Namespace) -> int:
     sweep = load_sweep(args.sweep)
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads {args.threads}: expected 1 or more")
+    if args.parallel != 1 and args.launcher != "local":
+        raise UserError(f"--parallel {args.parallel} needs --launcher local")
     variants = _variants(sweep, args)
     launcher = make_launcher(args.launcher, args.parallel)
     options_threads = args.threads or max(

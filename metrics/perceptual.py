@@ -52,7 +52,7 @@ def perceptual_distance(
 
 
 def _unit(x: Tensor) -> Tensor:
-    x = x.float()
+    x = x.float().contiguous()  # or sums over channels would round by where the maps lie in memory
     return x / (x.square().sum(dim=1, keepdim=True).sqrt() + _EPS)
 
 

@@ -178,7 +178,6 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
             "seed": seed,
             "generation": {k: v for k, v in dump(variant.generation).items() if k != "batch"},
             "dip": {k: v for k, v in dump(variant.dip).items() if k != "batch"},
-            "batch": {"dip": variant.dip.batch, "generation": variant.generation.batch},
             "semantic": {name: bit_sizes[name] for name in ("dim", "depth", "heads")},
             "lowlevel": {
                 name: low[name]
@@ -200,6 +199,7 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         },
         upstream={"data": prepare, "targets": targets, "clusters": clusters, "lowlevel": lowlevel, "joint": joint},
         digests={role: weights[role] for role in ("generator", "lowlevel")},
+        hints={"dip": variant.dip.batch, "generation": variant.generation.batch},
         label=label,
         resources=GPU,
     )
@@ -215,6 +215,9 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         "rules": {**protocol_record(protocol), "metrics": {key: card.version for key, card in CARDS.items()}},
     }
     judges = _judges(protocol.networks)
+    both = sorted(set(judges) & set(networks.model_dump().values()))
+    if both:
+        raise UserError(f"network '{both[0]}' judges in protocol {protocol.name}, so it cannot be a target too")
     score = Stage(
         name="score",
         run="benchmark.stages.score:run",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmark.context import StageContext
+from benchmark.errors import UserError
 from benchmark.stages.prepare import Prepared
 from benchmark.training import train
 from benchmark.training_config import TrainingConfig
@@ -134,6 +135,8 @@ def run_clusters(ctx: StageContext) -> dict[str, Any]:
     Output: ``v2c.safetensors`` with its description.
     """
     embeddings = load_file(ctx.inputs["encoder"] / "encoder.safetensors")["voxel_embedding"].numpy()
+    if ctx.config["n_clusters"] > len(embeddings):
+        raise UserError(f"clustering.n_clusters is {ctx.config['n_clusters']}, but there are {len(embeddings)} voxels")
     mapping = gaussian_mixture(
         normalise(embeddings),
         ctx.config["n_clusters"],

@@ -73,7 +73,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     settings = GenerationSettings(
         **{k: config["generation"][k] for k in ("steps", "start_step", "guidance", "offset_noise", "contrast")}
     )
-    batch = config["batch"]["generation"]
+    batch = ctx.stage.hints["generation"]
     with torch.no_grad():
         targets = LowLevelTargets(ctx.inputs["targets"], config["lowlevel"])
         maps = predict("lowlevel", "lowlevel", targets.tokens.tokens, targets.tokens.width)
@@ -124,7 +124,7 @@ def _invert(
             channels=dip["channels"],
             skip=dip["skip"],
             depth=dip["depth"],
-            batch=config["batch"]["dip"],
+            batch=ctx.stage.hints["dip"],
             progress=lambda done, loss: bar.advance(done, f"loss {loss:.3f}"),
         )
 

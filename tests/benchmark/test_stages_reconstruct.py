@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_branches_subjects_and_variants_differ(tiny_run: Any) -> None:
 
 def rerun(tiny_run: Any, out: Path, **changes: Any) -> dict[str, np.ndarray]:
     stage = tiny_run.stage("reconstruct")
+    stage = replace(stage, hints=changes.pop("hints", stage.hints))
     generation = {**stage.config["generation"], **changes.pop("generation", {})}
     ctx = tiny_run.context(stage, out, generation=generation, **changes)
     reconstruct.run(ctx)
@@ -94,7 +96,7 @@ def test_an_image_does_not_depend_on_its_company(tiny_run: Any, tmp_path: Path) 
     some = rerun(
         tiny_run,
         tmp_path / "out",
-        batch={"dip": 2, "generation": 1},
+        hints={"dip": 2, "generation": 1},
         generation={"subjects": [2], "test_images": 3},
     )
     own = np.flatnonzero(index[:, 0] == 2)[:3]
