@@ -345,14 +345,14 @@ def demo() -> Variant:
             sampled=(32, 32, 16, 8, 8),
             standardise=True,
             centre=True,
-            training=_one_cycle(400, 6e-3, 100, "loss", voxel_lr=4e-2),
+            training=_one_cycle(360, 6e-3, 120, "loss", voxel_lr=4e-2),
         ),
-        semantic=SemanticConfig(**bit, training=_one_cycle(600, 6e-3, 150, "loss", voxel_lr=4e-2)),
-        joint=JointConfig(training=_one_cycle(60, 3e-4, 30, "loss"), external_fraction=0.0),
+        semantic=SemanticConfig(**bit, training=_one_cycle(500, 6e-3, 250, "loss", voxel_lr=4e-2)),
+        joint=JointConfig(training=_one_cycle(60, 3e-4, 60, "loss"), external_fraction=0.0),
         dip=DipConfig(
-            size=64, steps=100, lr=1e-2, channels=12, skip=4, depth=16, ema=0.9, calibrate=True, gain=1.3, batch=24
+            size=64, steps=80, lr=1.5e-2, channels=12, skip=4, depth=16, ema=0.9, calibrate=True, gain=1.3, batch=24
         ),
-        generation=GenerationConfig(steps=24, start_step=9, guidance=3.0, contrast=1.0, batch=48),
+        generation=GenerationConfig(steps=18, start_step=7, guidance=3.0, contrast=1.0, subjects=(1, 2), batch=48),
         score=ScoreConfig(protocol="demo"),
     )
 

@@ -149,6 +149,7 @@ def train_unet(
             message = "unet step %d/%d loss %.4f held-out %.4f, with noise tokens %.4f (%.0f s)"
             log.info(message, step, steps, running, held, blind, time.monotonic() - start)
         if step == stop:
+            log.info("stopped after step %d of the schedule; the averaged weights of that step are shipped", step)
             break
     average.copy_to(unet.parameters())
     return unet.eval().requires_grad_(False)
