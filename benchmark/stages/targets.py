@@ -5,7 +5,7 @@ Test images are left out: nothing that is fitted, scaled or chosen may know them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,13 @@ def run(ctx: StageContext) -> dict[str, Any]:
     return {"images": data.n_targets, **{name: list(array.shape[1:]) for name, array in outputs.items()}}
 
 
-def _training_maps(data: Prepared, maps: list[np.ndarray]) -> Iterator[list[Tensor]]:
+def _training_maps(data: Prepared, maps: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
     rows = data.target_rows(data.train_ids)
     for start in range(0, len(rows), BATCH):
         yield [torch.from_numpy(layer[rows[start : start + BATCH]]).float() for layer in maps]
 
 
-def _mean_maps(data: Prepared, maps: list[np.ndarray]) -> dict[str, Tensor]:
+def _mean_maps(data: Prepared, maps: Sequence[np.ndarray]) -> dict[str, Tensor]:
     """Return the mean of each layer's maps over the training images: C x h x w."""
     sums = [torch.zeros(layer.shape[1:], dtype=torch.float64) for layer in maps]
     for batch in _training_maps(data, maps):
