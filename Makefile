@@ -44,7 +44,7 @@ test-slow: install  ## the slow tests
 lock:  ## resolve pyproject.toml into requirements.lock (needs uv); upgrade with ARGS=--upgrade
 	@command -v $(UV) >/dev/null || { echo "error: make lock needs uv (pip install uv, or make lock UV=/path/to/uv)" >&2; exit 1; }
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-		--no-header --no-emit-index-url --no-emit-find-links --quiet --output-file requirements.lock $(ARGS)
+		--no-header --quiet --output-file requirements.lock $(ARGS)
 
 clean:  ## delete caches and build products; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

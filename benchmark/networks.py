@@ -2,8 +2,8 @@
 
 The ``demo`` preset uses real networks that install with pip, each in one role only: EfficientNet-Lite0 gives the
 *targets* (low-level features, semantic tokens, the encoder's backbone); EfficientNet-Lite2 and AugNet's ResNet-50 are
-the *judges*. SqueezeNet, which drives the simulated brain, lives in ``benchmark.data.brain``. Every file is checked
-against its SHA-256 before it is read (``benchmark.weights``).
+the *judges*. SqueezeNet, which drives the simulated brain, lives in ``benchmark.data.squeezenet``. Every file is
+checked against its SHA-256 before it is read (``benchmark.weights``).
 """
 
 from __future__ import annotations
@@ -88,12 +88,15 @@ class EfficientNetLite(FeatureNetwork):
         self.net = net
         self.freeze()
 
+    @staticmethod
+    def normalised(images: Tensor) -> Tensor:
+        """Return (pixel - 127) / 128 with pixels of 0..255, which the weights were trained on."""
+        return ((images * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
+
     def features(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return the named layers of ``images`` (B x 3 x H x W, float in [0, 1])."""
         found: dict[str, Tensor] = {}
-        # the weights were trained on (pixel - 127) / 128 with pixels of 0..255
-        x = ((images * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
-        x = self.net.bn1(self.net.conv_stem(x))
+        x = self.net.bn1(self.net.conv_stem(self.normalised(images)))
         last = "pooled" if "pooled" in layers else max(layers)
         for i, block in enumerate(self.net.blocks):
             x = block(x)
@@ -213,13 +216,21 @@ def encoder_backbone(name: str, taps: Sequence[int], adapter_rank: int, grid: in
     if name != "lite0":
         raise _unknown("encoder", name, ["lite0"])
     network = EfficientNetLite(name)
-    net = network.net
+    channels = [_out_channels(block) for block in network.net.blocks]
+    return TappedBackbone(_Stem(network), list(network.net.blocks), channels, taps, rank=adapter_rank, grid=grid)
 
-    def stem(images: Tensor) -> Tensor:
-        return net.bn1(net.conv_stem(((images * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)))
 
-    channels = [_out_channels(block) for block in net.blocks]
-    return TappedBackbone(stem, list(net.blocks), channels, taps, rank=adapter_rank, grid=grid)
+class _Stem(nn.Module):
+    """What comes before EfficientNet-Lite's first block: images (B x 3 x H x W in [0, 1]) -> maps."""
+
+    def __init__(self, network: EfficientNetLite) -> None:
+        super().__init__()
+        self.conv, self.act = network.net.conv_stem, network.net.bn1
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise the images as the weights expect them, and apply the stem."""
+        x: Tensor = self.act(self.conv(EfficientNetLite.normalised(images)))
+        return x
 
 
 def _out_channels(block: nn.Module) -> int:

@@ -36,7 +36,7 @@ class _Judge:
     @classmethod
     def of(cls, ctx: StageContext, folder: Path, ids: np.ndarray) -> _Judge:
         protocol = PROTOCOLS[ctx.config["protocol"]]
-        backbones = {name: networks.feature_network(name) for name in protocol.networks}
+        backbones = {name: networks.feature_network(name).to(ctx.device) for name in protocol.networks}
         images = read_images(folder / "seen", [f"nsd{image:05d}.png" for image in ids])
         return cls(ctx, protocol, backbones, dict(zip(ids.tolist(), images, strict=True)))
 
@@ -44,7 +44,14 @@ class _Judge:
         """Return one row an image and metric."""
         truths = np.stack([self.seen[int(image)] for image in ids])
         scores = evaluate(
-            images, truths, self.protocol, self.backbones, ids.tolist(), cache=_CACHE, threads=self.ctx.threads
+            images,
+            truths,
+            self.protocol,
+            self.backbones,
+            ids.tolist(),
+            cache=_CACHE,
+            device=self.ctx.device,
+            threads=self.ctx.threads,
         )
         parts = [
             pd.DataFrame(

@@ -41,10 +41,13 @@ def run(ctx: StageContext) -> dict[str, Any]:
     """
     config = ctx.config
     data = Prepared(ctx.inputs["data"])
+    device = ctx.device
     backbone = networks.encoder_backbone(config["encoder"], config["taps"], config["adapter_rank"], config["grid"])
-    lowlevel = networks.feature_network(config["lowlevel"])
-    semantic = networks.semantic_network(config["semantic"])
+    backbone.to(device)
+    lowlevel = networks.feature_network(config["lowlevel"]).to(device)
+    semantic = networks.semantic_network(config["semantic"]).to(device)
     generator = networks.generator(config["generator"])
+    vae = generator.vae.to(device)  # type: ignore[attr-defined]
     outputs: dict[str, np.memmap] = {}
 
     def keep(name: str, rows: slice, values: Tensor) -> None:
@@ -57,13 +60,13 @@ def run(ctx: StageContext) -> dict[str, Any]:
         for start in range(0, data.n_targets, BATCH):
             rows = slice(start, min(start + BATCH, data.n_targets))
             images = data.target_images(np.arange(rows.start, rows.stop))
-            for k, tokens in enumerate(backbone(as_pixels(images, config["encoder_size"]))):
+            for k, tokens in enumerate(backbone(as_pixels(images, config["encoder_size"]).to(device))):
                 keep(f"encoder_{k}", rows, tokens)
-            found = lowlevel.features(as_pixels(images, config["lowlevel_size"]), config["layers"])
+            found = lowlevel.features(as_pixels(images, config["lowlevel_size"]).to(device), config["layers"])
             for k, layer in enumerate(config["layers"]):
                 keep(f"lowlevel_{k}", rows, found[layer])
-            keep("semantic", rows, semantic(as_pixels(images)))
-            keep("latents", rows, encode(generator.vae, as_pixels(images, generator.image_size)))
+            keep("semantic", rows, semantic(as_pixels(images).to(device)))
+            keep("latents", rows, encode(vae, as_pixels(images, generator.image_size).to(device)))
             bar.advance(rows.stop - rows.start)
     for array in outputs.values():
         array.flush()

@@ -146,7 +146,6 @@ def test_the_demo_shrinks_sizes_and_keeps_the_method() -> None:
         "lowlevel.embedding_init",
         "joint.offset_noise",
         "generation.offset_noise",
-        "generation.subjects",
     ]
     assert {path: read(demo(), path) for path in same} == {path: read(paper(), path) for path in same}
     assert demo().track != paper().track and demo().score.protocol != paper().score.protocol

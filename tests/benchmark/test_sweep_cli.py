@@ -91,11 +91,11 @@ def test_a_slip_from_the_shell(sweep_process: Run, tmp_path: Path) -> None:
 
 
 def test_subjects_that_are_not_there_are_missed_before_anything_runs(sweep_here: Run, tmp_path: Path) -> None:
-    answer = sweep_here("clusters", "--set", "data.simulation.subjects=3", "--out", tmp_path / "runs")
+    answer = sweep_here("clusters", "--set", "data.simulation.subjects=1", "--out", tmp_path / "runs")
     assert answer.code == 2 and answer.out == "" and not any(tmp_path.iterdir())
     assert answer.error.splitlines() == [
-        "error: generation.subjects names subject 5; the simulation has subjects 1, 2, 3",
-        "type --set generation.subjects=[1,2,3] or --set data.simulation.subjects=7",
+        "error: generation.subjects names subject 2; the simulation has subjects 1",
+        "type --set generation.subjects=[1] or --set data.simulation.subjects=2",
     ]
 
 
