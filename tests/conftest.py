@@ -15,7 +15,12 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 # Whoever runs the tests may be logged in to W&B or Hugging Face: nothing is sent there, nothing is fetched.
 os.environ.pop("WANDB_API_KEY", None)
-os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+os.environ |= {
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
 
 _patch = pytest.MonkeyPatch()
 _reached: list[str] = []

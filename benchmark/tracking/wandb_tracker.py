@@ -46,11 +46,11 @@ class WandbTracker:
         self._outer_environment: dict[str, str | None] = {}
 
         def start() -> Any:
-            import wandb
-
             chosen = mode or preferred_mode()
             chosen = {"run": "online", "dryrun": "offline"}.get(chosen, chosen)  # W&B's older words
             self._outer_environment = _redirect(folder, chosen)
+            import wandb
+
             run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or PROJECT,
                 dir=str(folder),
@@ -176,7 +176,10 @@ def _redirect(folder: Path, mode: str) -> dict[str, str | None]:
     if mode != "online":
         # Online, the user's own config is needed: it names their server and entity.
         places["WANDB_CONFIG_DIR"] = own / "config"
-    before = {name: os.environ.get(name) for name in places}
+    before = {name: os.environ.get(name) for name in (*places, "WANDB_ERROR_REPORTING")}
+    if mode != "online":
+        # W&B's own telemetry would go to its server even when runs are offline.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     for name, place in places.items():
         place.mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(place.resolve())
