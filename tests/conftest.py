@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Generator
 from typing import Any
@@ -58,7 +59,9 @@ def _guarded_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pytest_configure() -> None:
-    """Close the way out of this process, for fixtures of every scope."""
+    """Close the way out of this process, for fixtures of every scope; let Ctrl-C arrive where tests send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, which children inherit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _patch.setattr(socket.socket, "connect", _guarded(socket.socket.connect))
     _patch.setattr(socket.socket, "connect_ex", _guarded(socket.socket.connect_ex))
     _patch.setattr(socket, "getaddrinfo", _guarded_lookup(socket.getaddrinfo))
