@@ -14,13 +14,12 @@ import pyarrow.parquet as pq
 
 from benchmark.config import Variant
 from benchmark.graph import Stage
-from benchmark.stages import VariantStages
+from benchmark.stages import METHOD, VariantStages, image_name, seen_name
 from benchmark.store import MANIFEST, Store, read_json
 from benchmark.sweeps import Sweep
 from leaderboard import Axis, Cost, Gallery, Manifest, Ranking, Row, build, compare, summarise, write_row
 from metrics.protocols import PROTOCOLS, Protocol
 
-METHOD = "Brain-IT"
 GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
 BRANCHES = {"lowlevel": "low-level image alone", "semantic": "semantic image alone"}
 
@@ -221,13 +220,13 @@ def _galleries(store: Store, stages: VariantStages, name: str) -> list[Gallery]:
     for subject, image in index.tolist():
         if image not in shown:
             continue
-        file = f"subj{subject:02d}_nsd{image:05d}.png"
+        file = image_name(subject, image)
         galleries.append(
             Gallery(
                 name,
                 subject,
                 image,
-                folder / "seen" / f"nsd{image:05d}.png",
+                folder / "seen" / seen_name(image),
                 lowlevel=folder / "lowlevel" / file,
                 semantic=folder / "semantic" / file,
                 combined=folder / "combined" / file,

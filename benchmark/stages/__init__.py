@@ -17,8 +17,19 @@ from benchmark.weights import network_digests, weights_digest
 from metrics.cards import CARDS
 from metrics.protocols import get_protocol, protocol_record
 
+METHOD = "Brain-IT"  # what the scores and the leaderboard call it
 GPU = Resources(gpus=1, cpus=8, memory_gb=64, hours=24)
 JOINT = Resources(gpus=4, cpus=32, memory_gb=256, hours=24)
+
+
+def seen_name(image_id: int) -> str:
+    """Return the file name of a seen image."""
+    return f"nsd{image_id:05d}.png"
+
+
+def image_name(subject: int, image_id: int) -> str:
+    """Return the file name of a reconstruction."""
+    return f"subj{subject:02d}_nsd{image_id:05d}.png"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmark import networks
 from benchmark.context import StageContext
+from benchmark.stages import image_name, seen_name
 from benchmark.stages.bit import build_bit, voxel_layout
 from benchmark.stages.prepare import Prepared
 from benchmark.stages.targets import LowLevelTargets, as_pixels
@@ -31,11 +32,6 @@ def image_seed(seed: int, subject: int, image_id: int) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def image_name(subject: int, image_id: int) -> str:
-    """Return the file name of a reconstruction."""
-    return f"subj{subject:02d}_nsd{image_id:05d}.png"
-
-
 def run(ctx: StageContext) -> dict[str, Any]:
     """Reconstruct the test images.
 
@@ -48,7 +44,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     ids = data.test_ids(subjects)[: config["generation"]["test_images"]]
     index = np.array([(subject, image) for subject in subjects for image in ids], np.int64)
     np.save(ctx.out / "index.npy", index)
-    _save(ctx.out / "seen", [f"nsd{image:05d}.png" for image in ids], as_pixels(data.images[ids]))
+    _save(ctx.out / "seen", [seen_name(image) for image in ids], as_pixels(data.images[ids]))
 
     position = np.array([data.subjects.index(subject) for subject in index[:, 0]])
     row = np.array([np.searchsorted(data.seen_ids[p], image) for p, image in zip(position, index[:, 1], strict=True)])

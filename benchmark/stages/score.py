@@ -13,13 +13,13 @@ import pandas as pd
 
 from benchmark import networks
 from benchmark.context import StageContext
+from benchmark.stages import METHOD, image_name, seen_name
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.reconstruct import KINDS, image_name, read_images
+from benchmark.stages.reconstruct import KINDS, read_images
 from benchmark.weights import weights_digest
 from metrics.evaluate import TruthCache, evaluate
 from metrics.protocols import PROTOCOLS, Protocol, protocol_hash
 
-METHOD = "Brain-IT"
 REPEATS = "mean of all presentations"
 _CACHE = TruthCache()  # one process scores many variants against the same seen images
 
@@ -37,7 +37,7 @@ class _Judge:
     def of(cls, ctx: StageContext, folder: Path, ids: np.ndarray) -> _Judge:
         protocol = PROTOCOLS[ctx.config["protocol"]]
         backbones = {name: networks.feature_network(name).to(ctx.device) for name in protocol.networks}
-        images = read_images(folder / "seen", [f"nsd{image:05d}.png" for image in ids])
+        images = read_images(folder / "seen", [seen_name(image) for image in ids])
         return cls(ctx, protocol, backbones, dict(zip(ids.tolist(), images, strict=True)))
 
     def score(self, images: np.ndarray, subject: int, ids: np.ndarray, method: str, variant: str) -> pd.DataFrame:

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmark.errors import UserError
-from benchmark.stages import reconstruct
+from benchmark.stages import image_name, reconstruct, seen_name
 from benchmark.stages.bit import build_bit, voxel_layout
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.reconstruct import KINDS, image_name, image_seed, read_images
+from benchmark.stages.reconstruct import KINDS, image_seed, read_images
 from benchmark.stages.targets import LowLevelTargets
 from methods.brain_it.dip import invert
 
@@ -56,7 +56,7 @@ def test_the_files_are_what_scoring_reads(tiny_run: Any) -> None:
         for path in (folder / kind).iterdir():
             with Image.open(path) as image:
                 assert (image.mode, image.size) == ("RGB", (64, 64))
-    seen = read_images(folder / "seen", [f"nsd{image:05d}.png" for image in ids])
+    seen = read_images(folder / "seen", [seen_name(image) for image in ids])
     assert np.array_equal(seen, data.images[ids]), "what was seen, to the bit"
     assert len(list((folder / "seen").iterdir())) == 4
 

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmark import networks
+from benchmark.stages import image_name, seen_name
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.reconstruct import KINDS, image_name, read_images
+from benchmark.stages.reconstruct import KINDS, read_images
 from benchmark.stages.score import REPEATS
 from benchmark.store import read_json
 from benchmark.weights import weights_digest
@@ -47,7 +48,7 @@ def images_of(tiny_run: Any, kind: str, subject: int) -> tuple[np.ndarray, np.nd
     folder = tiny_run.folder("reconstruct")
     index = np.load(folder / "index.npy")
     ids = index[index[:, 0] == subject, 1].tolist()
-    seen = read_images(folder / "seen", [f"nsd{image:05d}.png" for image in ids])
+    seen = read_images(folder / "seen", [seen_name(image) for image in ids])
     return read_images(folder / kind, [image_name(subject, image) for image in ids]), seen, ids
 
 
