@@ -28,6 +28,7 @@ examples:
   python -m benchmark.sweep list                       what there is
   python -m benchmark.sweep clusters                   the demo: makes its own data, needs nothing
   python -m benchmark.sweep clusters --quick           three points, fewer images and steps
+  python -m benchmark.sweep clusters --only 64,128     two of its points
   python -m benchmark.sweep clusters --dry-run         what would run, and why
   python -m benchmark.sweep clusters --data DIR        on an NSD tree
   python -m benchmark.sweep clusters --set lowlevel.training.steps=800 --out runs-800
@@ -54,6 +55,7 @@ def parser() -> Parser:
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. lowlevel.dim=64"
     )
+    p.add_argument("--only", metavar="VALUE[,VALUE]", help="run only these of the sweep's values, e.g. 64,128")
     p.add_argument("--seed", type=int, help="seed of the variants (default: 0)")
     p.add_argument(
         "--mode",
@@ -115,6 +117,8 @@ def _run(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     sweep = load_sweep(args.sweep)
+    if args.only is not None:
+        sweep = sweep.only([value.strip() for value in args.only.split(",")])
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads {args.threads}: expected 1 or more")
     if args.parallel != 1 and args.launcher != "local":

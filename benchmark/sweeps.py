@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,21 @@ class Sweep(BaseModel):
         """Return variant name -> its dotted settings."""
         values = self.axis.quick if quick else self.axis.values
         return {self.variant(value): {**self.base, self.axis.setting: value} for value in values}
+
+    def only(self, wanted: Sequence[str]) -> Sweep:
+        """Return the sweep of these of its values alone; the reference variant is the sweep's own, or else the first.
+
+        Raises:
+            UserError: a value that the sweep does not have.
+        """
+        known = {str(value): value for value in self.axis.values}
+        for name in wanted:
+            if name not in known:
+                raise UserError(f"--only {name}: sweep {self.name} has {', '.join(known)}")
+        values = tuple(value for name, value in known.items() if name in wanted)
+        main = self.axis.main if self.axis.main in values else values[0]
+        axis = self.axis.model_copy(update={"values": values, "quick": values, "main": main})
+        return self.model_copy(update={"axis": axis})
 
     def variant(self, value: Any) -> str:
         """Return the name of the variant with this value on the axis."""

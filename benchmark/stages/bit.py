@@ -142,6 +142,16 @@ def _start_embeddings(bit: BIT, encoder: Path, seed: int) -> None:
         table.copy_(projected * table.std())
 
 
+def _start(ctx: StageContext, data: Prepared, n_queries: int, out_dim: int) -> tuple[BIT, Pool]:
+    """Return a fresh BIT with the sizes and the seed in the config, and what it trains on."""
+    config = ctx.config
+    torch.manual_seed(config["seed"])
+    bit = build_bit(config, voxel_layout(data, ctx.inputs["clusters"]), n_queries, out_dim)
+    if config["embedding_init"] == "encoder":
+        _start_embeddings(bit, ctx.inputs["encoder"], config["seed"])
+    return bit, Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
+
+
 def _correlation(predicted: Tensor, true: Tensor) -> Tensor:
     """Return the Pearson correlation of each image's flattened tokens, B."""
     p, t = predicted.flatten(1), true.flatten(1)
@@ -159,11 +169,7 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     data = Prepared(ctx.inputs["data"])
     targets = LowLevelTargets(ctx.inputs["targets"], config)
     tokens = targets.tokens
-    torch.manual_seed(config["seed"])
-    bit = build_bit(config, voxel_layout(data, ctx.inputs["clusters"]), tokens.tokens, tokens.width)
-    if config["embedding_init"] == "encoder":
-        _start_embeddings(bit, ctx.inputs["encoder"], config["seed"])
-    pool = Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
+    bit, pool = _start(ctx, data, tokens.tokens, tokens.width)
 
     def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         positions = tokens.sample_positions(len(batch.rows), generator)
@@ -184,9 +190,7 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     validation = Validation(data).batches(config["batch"])
 
     def validate() -> dict[str, float]:
-        generator = torch.Generator().manual_seed(
-            VALIDATION_SEED
-        )  # the same positions each time, sampled as in training
+        generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same positions each time
         losses, correlations = [], []
         for batch in validation:
             loss, predicted, true = loss_of(batch, generator, None)
@@ -222,11 +226,7 @@ def run_semantic(ctx: StageContext) -> dict[str, Any]:
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
     targets = np.load(ctx.inputs["targets"] / "semantic.npy", mmap_mode="r")
-    torch.manual_seed(config["seed"])
-    bit = build_bit(config, voxel_layout(data, ctx.inputs["clusters"]), targets.shape[1], targets.shape[2])
-    if config["embedding_init"] == "encoder":
-        _start_embeddings(bit, ctx.inputs["encoder"], config["seed"])
-    pool = Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
+    bit, pool = _start(ctx, data, targets.shape[1], targets.shape[2])
 
     def pair(batch: Batch, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         true = torch.from_numpy(targets[batch.rows]).float().to(ctx.device)

@@ -52,7 +52,7 @@ def test_a_reader_that_stops_early_is_no_failure() -> None:
 SLIPS = [
     (["clutsers"], "unknown sweep 'clutsers' (did you mean 'clusters'?)"),
     (["lst"], "unknown sweep 'lst' (did you mean 'list'?)"),
-    (["zzz"], "unknown sweep 'zzz'; choose from clusters"),
+    (["zzz"], "unknown sweep 'zzz'; choose from clusters, seeds"),
     (["clusters", "--ot", "x"], "unknown option '--ot' (did you mean '--out'?)"),
     (["clusters", "--dryrun"], "unknown option '--dryrun' (did you mean '--dry-run'?)"),
     (["clusters", "--preset", "dmo"], "unknown --preset 'dmo' (did you mean 'demo'?)"),
@@ -63,6 +63,7 @@ SLIPS = [
     (["clusters", "--seed", "one"], "argument --seed: invalid int value: 'one'; see python -m benchmark.sweep --help"),
     (["clusters", "--seed", "-1"], "setting seed: Input should be greater than or equal to 0 (given -1)"),
     (["clusters", "--threads", "0"], "--threads 0: expected 1 or more"),
+    (["clusters", "--only", "128,100"], "--only 100: sweep clusters has 8, 16, 32, 64, 128, 256, 512"),
     (["clusters", "--parallel", "0", "--launcher", "local"], "parallel is 0, expected 1 or more"),
     (["clusters", "--set", "lowlevel.dim"], "--set lowlevel.dim: expected KEY=VALUE, e.g. --set lowlevel.dim=64"),
     (["clusters", "--set", "lowlevel.dmi=3"], "unknown setting 'lowlevel.dmi' (did you mean 'dim'?)"),

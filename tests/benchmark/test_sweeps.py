@@ -48,6 +48,16 @@ def test_every_sweep_makes_variants_that_differ(name: str, preset: str) -> None:
         assert sweep.variant(sweep.axis.main) in sweep.settings(quick), "the reference variant always runs"
 
 
+def test_only_some_of_a_sweeps_values() -> None:
+    sweep = load_sweep("clusters")
+    some = sweep.only(["128", "16"])
+    assert list(some.settings()) == list(some.settings(quick=True)) == ["clusters=16", "clusters=128"]
+    assert some.axis.main == 128 and sweep.only(["64", "32"]).axis.main == 32
+    assert sweep.only(list(map(str, sweep.axis.values))).settings() == sweep.settings()
+    with pytest.raises(UserError, match="--only 100: sweep clusters has 8, 16, 32"):
+        sweep.only(["100"])
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sweeps, "FOLDER", tmp_path)
