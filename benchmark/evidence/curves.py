@@ -1,0 +1,455 @@
+"""How fast BIT, an MLP and a ridge learn to predict image features: the measurements behind ``learning``.
+
+A score is the Pearson correlation of an image's predicted with its true tokens, flattened; mean over a subject's
+validation images, then over subjects. Test images are not read.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmark.graph import Stage
+from benchmark.progress import Progress
+from benchmark.stages.bit import (
+    VALIDATION_SEED,
+    Batch,
+    Pool,
+    Validation,
+    _correlation,
+    _keep,
+    _start_embeddings,
+    build_bit,
+    voxel_layout,
+)
+from benchmark.stages.prepare import Prepared, Samples
+from benchmark.stages.targets import LowLevelTargets
+from benchmark.store import Store
+from benchmark.tracking import NoTracker
+from benchmark.training import TrainResult, Validate, train
+from benchmark.training_config import TrainingConfig
+from methods.baselines.mlp import MLP
+from methods.baselines.ridge import Ridge
+from methods.brain_it.losses import multi_layer_info_nce
+from methods.brain_it.transformer import BIT
+from methods.brain_it.vgg_tokens import calibrate, fit_calibration
+
+INFO_NCE, SQUARED_ERROR = "InfoNCE", "squared error"
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is measured, apart from the variant's own settings."""
+
+    sizes: tuple[int, ...] = (40, 80, 160)
+    """Training images per subject; all of them come on top."""
+    seeds: int = 3
+    checkpoints: int = 10
+    """Validations of a training; the weights with the least loss are kept, as in the sweep."""
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    """Learning rates of the MLP; the best on all images with the first seed serves every size and seed."""
+    hidden: int = 256
+    blocks: int = 2
+    dropout: float = 0.1
+    probe_steps: int = 15
+    """Steps that tell how long a step takes."""
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    """Of one training: BIT's recipe is cut to so many steps or CPU seconds, and the MLP with it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method, trained once. Seconds are CPU seconds, all threads added, validation left out."""
+
+    method: str
+    loss: str
+    seed: int
+    images: int
+    """Training images per subject (the mean, where subjects differ)."""
+    correlation: float
+    per_subject: list[float]
+    seconds: float
+    steps: int | None = None
+    best_step: int | None = None
+    learning_rate: float | None = None
+    parameters: int | None = None
+    alphas: list[float] | None = None
+    """Penalty of each subject's ridge."""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """Step, seconds, loss and correlation at each validation, of the weights as they were then."""
+
+
+class Branch:
+    """One branch of a variant: its data, its targets, its losses and its score."""
+
+    def __init__(self, stage: Stage, store: Store) -> None:
+        self.name = stage.name
+        self.config: dict[str, Any] = dict(stage.config)
+        self.folders = {role: store.folder(upstream) for role, upstream in stage.upstream.items()}
+        self.data = Prepared(self.folders["data"])
+        self.layout = voxel_layout(self.data, self.folders["clusters"])
+        self.lowlevel: LowLevelTargets | None = None
+        if self.name == "lowlevel":
+            self.lowlevel = LowLevelTargets(self.folders["targets"], self.config)
+            self.n_tokens, self.width = self.lowlevel.tokens.tokens, self.lowlevel.tokens.width
+        else:
+            self.semantic = np.load(self.folders["targets"] / "semantic.npy", mmap_mode="r")
+            self.n_tokens, self.width = self.semantic.shape[1:]
+        self.validation = Validation(self.data).batches(self.config["batch"])
+        self.rows = np.concatenate([batch.rows for batch in self.validation])
+        self.subject = torch.cat([batch.subject for batch in self.validation])
+        self.true = self.targets(self.rows)
+
+    @property
+    def loss_name(self) -> str:
+        """The loss that the method trains this branch with."""
+        return INFO_NCE if self.lowlevel else SQUARED_ERROR
+
+    def targets(self, rows: np.ndarray) -> Tensor:
+        """Return the true tokens of target rows: B x tokens x width."""
+        return self.lowlevel(rows) if self.lowlevel else torch.from_numpy(self.semantic[rows]).float()
+
+    def loss(self, name: str, model: nn.Module, batch: Batch, generator: torch.Generator, sample: bool) -> Tensor:
+        """Return the loss of a batch; ``sample`` takes some voxels only where the recipe does, as in training."""
+        keep = _keep(self.config, self.data, batch, generator) if sample else None
+        if name == SQUARED_ERROR:
+            return F.mse_loss(model(batch.betas, batch.subject, keep=keep), self.targets(batch.rows))
+        assert self.lowlevel is not None
+        tokens = self.lowlevel.tokens
+        positions = tokens.sample_positions(len(batch.rows), generator)
+        true = self.targets(batch.rows).gather(1, positions[..., None].expand(-1, -1, self.width))
+        predicted = model(batch.betas, batch.subject, keep=keep, queries=positions)
+        return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, self.config["scale"])
+
+    def validation_loss(self, name: str, model: nn.Module) -> float:
+        """Return the mean loss over the validation images, with the same sampled positions each time."""
+        generator = torch.Generator().manual_seed(VALIDATION_SEED)
+        losses = [
+            float(self.loss(name, model, batch, generator, sample=False)) * len(batch.rows) for batch in self.validation
+        ]
+        return sum(losses) / len(self.rows)
+
+    def predict(self, model: nn.Module) -> Tensor:
+        """Return the network's tokens of all validation recordings."""
+        with torch.no_grad():
+            return torch.cat([model(batch.betas, batch.subject) for batch in self.validation])
+
+    def score(self, loss_name: str, predicted: Tensor) -> list[float]:
+        """Return each subject's mean correlation; what InfoNCE trained is brought to the targets' scale first."""
+        if loss_name == INFO_NCE:
+            predicted = self._calibrated(predicted)
+        correlation = _correlation(predicted, self.true)
+        return [float(correlation[self.subject == s].mean()) for s in range(len(self.data.subjects))]
+
+    def _calibrated(self, predicted: Tensor) -> Tensor:
+        """Map each layer linearly to the true tokens: one half of the images with the map fitted to the other half."""
+        assert self.lowlevel is not None
+        sizes = self.lowlevel.tokens.layer_sizes
+        odd = torch.from_numpy(np.unique(self.rows, return_inverse=True)[1] % 2 == 1)
+        out = torch.empty_like(predicted)
+        for half in (odd, ~odd):
+            matrices = fit_calibration([(predicted[~half], self.true[~half])], sizes)
+            out[half] = calibrate(predicted[half], sizes, matrices)
+        return out
+
+    def pool(self, images: int | None, seed: int) -> Pool:
+        """Return what the networks train on: the recipe's samples, or ``images`` of each subject.
+
+        Smaller sets go without external images: an encoder that saw every image predicted their recordings.
+        """
+        if images is None:
+            return Pool(self.data, self.folders["external"], self.config["external_fraction"], seed)
+        pool = Pool(self.data, self.folders["external"], 0.0, seed)
+        pool.samples = choose_images(pool.samples, images, seed)
+        pool.rows = self.data.target_rows(pool.samples.image)
+        return pool
+
+
+def choose_images(samples: Samples, images: int, seed: int) -> Samples:
+    """Return ``images`` recordings of each subject, drawn at random; a larger draw contains the smaller ones."""
+    picks = []
+    for subject in np.unique(samples.subject):
+        own = np.flatnonzero(samples.subject == subject)
+        picks.append(np.sort(np.random.default_rng([seed, int(subject)]).permutation(own)[:images]))
+    pick = np.concatenate(picks)
+    return Samples(samples.subject[pick], samples.row[pick], samples.image[pick])
+
+
+# --- the three methods ------------------------------------------------------------------------------------------------
+
+
+def train_bit(branch: Branch, design: Design, images: int | None, seed: int, progress: Progress) -> Run:
+    """Train a BIT by the variant's recipe."""
+    config = {**branch.config, "seed": seed}
+    recipe = TrainingConfig.model_validate(config["training"])
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(seed)
+        bit = build_bit(config, branch.layout, branch.n_tokens, branch.width)
+        if config["embedding_init"] == "encoder":
+            _start_embeddings(bit, branch.folders["encoder"], seed)
+        return bit
+
+    pool = branch.pool(images, seed)
+    steps = min(recipe.total_steps, design.max_steps or recipe.total_steps)
+    if design.max_seconds is not None:
+        per_step = _step_seconds(branch, fresh(), branch.loss_name, recipe, pool, design.probe_steps)
+        steps = max(1, min(steps, int(design.max_seconds / per_step)))
+    training = _training(recipe, steps, design.checkpoints, seed)
+    label = f"{branch.name}, BIT, {_many(images)}, seed {seed}"
+    return _fit(branch, fresh(), branch.loss_name, training, pool, label, progress).run(
+        "BIT", recipe.optimiser.lr, seed
+    )
+
+
+def train_mlp(
+    branch: Branch,
+    design: Design,
+    loss_name: str,
+    rate: float,
+    seconds: float,
+    images: int | None,
+    seed: int,
+    progress: Progress,
+) -> Run:
+    """Train an MLP for ``seconds``: as many steps as fit in, so that its one-cycle schedule ends with them."""
+    recipe = TrainingConfig.model_validate({**branch.config["training"], "optimiser": {"lr": rate}})
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(seed)
+        sizes = {"hidden": design.hidden, "blocks": design.blocks, "dropout": design.dropout}
+        return MLP(branch.data.n_voxels, **sizes, n_queries=branch.n_tokens, out_dim=branch.width)  # type: ignore[arg-type]
+
+    pool = branch.pool(images, seed)
+    per_step = _step_seconds(branch, fresh(), loss_name, recipe, pool, design.probe_steps)
+    training = _training(recipe, max(1, round(seconds / per_step)), design.checkpoints, seed)
+    label = f"{branch.name}, {mlp_name(branch, loss_name)}, {_many(images)}, seed {seed}, rate {rate:g}"
+    return _fit(branch, fresh(), loss_name, training, pool, label, progress).run(
+        mlp_name(branch, loss_name), rate, seed
+    )
+
+
+def mlp_name(branch: Branch, loss_name: str) -> str:
+    """Return how the MLP is called: with its loss where that is not the branch's own."""
+    return "MLP" if loss_name == branch.loss_name else f"MLP, {loss_name}"
+
+
+def fit_ridge(branch: Branch, images: int | None, seed: int) -> list[Run]:
+    """Fit a ridge to each subject, and the mean of its training tokens; neither sees external images."""
+    data = branch.data
+    samples = data.samples(data.train_ids)
+    if images is not None:
+        samples = choose_images(samples, images, seed)
+    ridges, seconds = [], 0.0
+    predicted, mean = torch.empty_like(branch.true), torch.empty_like(branch.true)
+    validation = torch.cat([batch.betas for batch in branch.validation])
+    for s, voxels in enumerate(data.n_voxels):
+        own = samples.subject == s
+        start = time.process_time()
+        y = branch.targets(data.target_rows(samples.image[own]))
+        ridge = Ridge().fit(torch.from_numpy(data.betas[s][samples.row[own]]), y)
+        seconds += time.process_time() - start
+        here = branch.subject == s
+        predicted[here] = ridge.predict(validation[here, :voxels])
+        mean[here] = y.mean(0)
+        ridges.append(ridge.alpha)
+    runs = []
+    for method, tokens in (("ridge", predicted), ("mean", mean)):
+        scores = branch.score(SQUARED_ERROR, tokens)
+        runs.append(
+            Run(
+                method=method,
+                loss=SQUARED_ERROR,
+                seed=seed,
+                images=round(len(samples) / len(data.subjects)),
+                correlation=float(np.mean(scores)),
+                per_subject=scores,
+                seconds=seconds if method == "ridge" else 0.0,
+                alphas=ridges if method == "ridge" else None,
+            )
+        )
+    return runs
+
+
+def _many(images: int | None) -> str:
+    return "all images" if images is None else f"{images} images"
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the training loop asks of a stage."""
+
+    checkpoints: Path
+    progress: Progress
+    tracker: NoTracker = NoTracker()
+    device: str = "cpu"
+    checkpoint_seconds: float = float("inf")
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A trained network's score and how it came to it."""
+
+    loss: str
+    images: int
+    scores: list[float]
+    seconds: float
+    steps: int
+    best_step: int
+    parameters: int
+    curve: list[dict[str, float]]
+
+    def run(self, method: str, rate: float, seed: int) -> Run:
+        return Run(
+            method=method,
+            loss=self.loss,
+            seed=seed,
+            images=self.images,
+            correlation=float(np.mean(self.scores)),
+            per_subject=self.scores,
+            seconds=self.seconds,
+            steps=self.steps,
+            best_step=self.best_step,
+            learning_rate=rate,
+            parameters=self.parameters,
+            curve=self.curve,
+        )
+
+
+def _training(recipe: TrainingConfig, steps: int, checkpoints: int, seed: int) -> TrainingConfig:
+    """Return the recipe for another number of steps, with ``checkpoints`` validations."""
+    changes: Mapping[str, Any] = {
+        "steps": steps,
+        "epochs": None,
+        "steps_per_epoch": None,
+        "validate_every": math.ceil(steps / checkpoints),
+        "seed": recipe.seed + seed,
+    }
+    return TrainingConfig.model_validate({**recipe.model_dump(), **changes})
+
+
+def _fit(
+    branch: Branch,
+    model: nn.Module,
+    loss_name: str,
+    training: TrainingConfig,
+    pool: Pool,
+    label: str,
+    progress: Progress,
+) -> _Fitted:
+    """Train a network and score the weights that the recipe keeps."""
+    starts: list[float] = []
+    paused = 0.0  # CPU seconds of validation
+    curve: list[dict[str, float]] = []
+
+    def validate() -> dict[str, float]:
+        nonlocal paused
+        now = time.process_time()
+        found = {
+            "loss": branch.validation_loss(loss_name, model),
+            "correlation": float(np.mean(branch.score(loss_name, branch.predict(model)))),
+        }
+        curve.append({"step": len(starts), "seconds": now - starts[0] - paused, **found})
+        paused += time.process_time() - now
+        return found
+
+    result = _train(branch, model, loss_name, training, pool, label, progress, starts, validate)
+    scores = branch.score(loss_name, branch.predict(model))
+    return _Fitted(
+        loss=loss_name,
+        images=round(len(pool.samples) / len(branch.data.subjects)),
+        scores=scores,
+        seconds=curve[-1]["seconds"],
+        steps=result.steps,
+        best_step=result.best_step,
+        parameters=sum(p.numel() for p in model.parameters()),
+        curve=curve,
+    )
+
+
+def _step_seconds(
+    branch: Branch, model: nn.Module, loss_name: str, recipe: TrainingConfig, pool: Pool, steps: int
+) -> float:
+    """Return the median CPU seconds of a training step."""
+    starts: list[float] = []
+    training = recipe.model_copy(update={"steps": steps + 1, "epochs": None, "steps_per_epoch": None, "select": None})
+    _train(branch, model, loss_name, training, pool, "time of a step", Progress(enabled=False), starts)
+    return float(np.median(np.diff(starts)))
+
+
+def _train(
+    branch: Branch,
+    model: nn.Module,
+    loss_name: str,
+    training: TrainingConfig,
+    pool: Pool,
+    label: str,
+    progress: Progress,
+    starts: list[float],
+    validate: Validate | None = None,
+) -> TrainResult:
+    """Train on the pool's batches; ``starts`` is given the CPU time at which each step began."""
+
+    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        starts.append(time.process_time())
+        batch = pool.draw(branch.config["batch"], step, generator)
+        return branch.loss(loss_name, model, batch, generator, sample=True), {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        return train(
+            model,
+            batch_loss,
+            config=training,
+            ctx=_Context(Path(folder), progress),
+            label=label,
+            validate=validate,
+            parameter_groups={"voxels": [model.tokenizer.voxel_embeddings]} if isinstance(model, BIT) else {},
+        )
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def measure(branch: Branch, design: Design, progress: Progress) -> tuple[list[Run], dict[str, dict[str, float]]]:
+    """Measure all methods at all sizes with all seeds.
+
+    Returns:
+        The runs, and for each MLP the correlations that its learning rates were chosen by.
+    """
+    counts = np.bincount(branch.data.samples(branch.data.train_ids).subject)
+    sizes = [None, *(size for size in sorted(design.sizes, reverse=True) if size < counts.min())]
+    losses = list(dict.fromkeys((branch.loss_name, SQUARED_ERROR)))
+    runs: list[Run] = []
+    tried: dict[str, dict[str, float]] = {}
+    rates: dict[str, float] = {}
+    for seed in range(design.seeds):
+        for images in sizes:
+            if images is not None or seed == 0:  # on all images nothing about it is random
+                runs += fit_ridge(branch, images, seed)
+            bit = train_bit(branch, design, images, seed, progress)
+            runs.append(bit)
+            for loss_name in losses:
+                found = {
+                    rate: train_mlp(branch, design, loss_name, rate, bit.seconds, images, seed, progress)
+                    for rate in ([rates[loss_name]] if loss_name in rates else design.rates)
+                }
+                best = max(found, key=lambda rate: found[rate].correlation)
+                runs.append(found[best])
+                if loss_name not in rates:
+                    rates[loss_name] = best
+                    tried[mlp_name(branch, loss_name)] = {f"{rate:g}": run.correlation for rate, run in found.items()}
+    return runs, tried
