@@ -8,8 +8,7 @@ from pathlib import Path
 
 from benchmark.cli import Parser, main_guard
 from benchmark.errors import UserError
-
-BRANCHES = ("semantic", "lowlevel")
+from benchmark.evidence.learning import add_arguments, run
 
 
 def build_parser() -> Parser:
@@ -49,25 +48,12 @@ def build_parser() -> Parser:
     generator.add_argument("--seed", type=int, default=12345, help="of the scenes (default: %(default)s)")
     _add_out(generator)
 
-    learning = commands.add_parser(
-        "learning",
-        help="learning curves of BIT beside a ridge and an MLP",
-        description="Train BIT, an MLP and a ridge on what a finished sweep prepared, and compare how they learn.",
-    )
-    learning.add_argument(
-        "--store",
-        type=Path,
-        default=Path("runs/store"),
-        metavar="DIR",
-        help="the store of a finished sweep (default: %(default)s)",
-    )
-    _add_out(learning)
-    learning.add_argument("--quick", action="store_true", help="few steps, for a look")
-    learning.add_argument(
-        "--branches", nargs="+", choices=BRANCHES, default=BRANCHES, help="which branches (default: both)"
-    )
-    learning.add_argument(
-        "--seeds", type=_positive, default=3, metavar="N", help="repeat with N seeds (default: %(default)s)"
+    add_arguments(
+        commands.add_parser(
+            "learning",
+            help="learning curves of BIT beside a ridge and an MLP",
+            description="Train BIT, an MLP and a ridge on what a finished sweep prepared, and compare how they learn.",
+        )
     )
     return parser
 
@@ -100,9 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
         generator(args.out, n_images=args.images, seed=args.seed)
     else:
-        from benchmark.evidence.learning import learning
-
-        learning(args.store, args.out, quick=args.quick, branches=tuple(args.branches), seeds=args.seeds)
+        return run(args)
     return 0
 
 
