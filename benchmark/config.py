@@ -109,7 +109,12 @@ class BranchConfig(Settings):
         description="Of a batch; None: in proportion to their number, one pool of all samples (official code).",
     )
     embedding_init: Literal["random", "encoder"] = Field(
-        "random", description="Voxel embeddings start at random (Sec. 4), or as a random projection of the encoder's."
+        "random",
+        description="Voxel embeddings start at random (Sec. 4), or as a random projection of the encoder's: voxels of "
+        "like tuning then start alike, whosever they are.",
+    )
+    embedding_std: PositiveFloat | None = Field(
+        None, description="Deviation of the voxel embeddings at the start; None: 0.05 / sqrt(dim) (official code)."
     )
     training: TrainingConfig = Field(
         TrainingConfig(

@@ -26,10 +26,9 @@ from benchmark.stages.bit import (
     Batch,
     Pool,
     Validation,
-    _correlation,
-    _keep,
-    _start_embeddings,
-    build_bit,
+    fresh_bit,
+    kept_voxels,
+    token_correlation,
     voxel_layout,
 )
 from benchmark.stages.prepare import Prepared, Samples
@@ -122,7 +121,7 @@ class Branch:
 
     def loss(self, name: str, model: nn.Module, batch: Batch, generator: torch.Generator, sample: bool) -> Tensor:
         """Return the loss of a batch; ``sample`` takes some voxels only where the recipe does, as in training."""
-        keep = _keep(self.config, self.data, batch, generator) if sample else None
+        keep = kept_voxels(self.config, self.data, batch, generator) if sample else None
         if name == SQUARED_ERROR:
             return F.mse_loss(model(batch.betas, batch.subject, keep=keep), self.targets(batch.rows))
         assert self.lowlevel is not None
@@ -149,7 +148,7 @@ class Branch:
         """Return each subject's mean correlation; what InfoNCE trained is brought to the targets' scale first."""
         if loss_name == INFO_NCE:
             predicted = self._calibrated(predicted)
-        correlation = _correlation(predicted, self.true)
+        correlation = token_correlation(predicted, self.true)
         return [float(correlation[self.subject == s].mean()) for s in range(len(self.data.subjects))]
 
     def _calibrated(self, predicted: Tensor) -> Tensor:
@@ -195,11 +194,7 @@ def train_bit(branch: Branch, design: Design, images: int | None, seed: int, pro
     recipe = TrainingConfig.model_validate(config["training"])
 
     def fresh() -> nn.Module:
-        torch.manual_seed(seed)
-        bit = build_bit(config, branch.layout, branch.n_tokens, branch.width)
-        if config["embedding_init"] == "encoder":
-            _start_embeddings(bit, branch.folders["encoder"], seed)
-        return bit
+        return fresh_bit(config, branch.layout, branch.folders["encoder"], branch.n_tokens, branch.width)
 
     pool = branch.pool(images, seed)
     steps = min(recipe.total_steps, design.max_steps or recipe.total_steps)

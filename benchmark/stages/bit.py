@@ -124,35 +124,43 @@ def build_bit(config: Mapping[str, Any], layout: VoxelLayout, n_queries: int, ou
     return BIT(layout, n_queries=n_queries, out_dim=out_dim, **sizes)
 
 
-def _keep(config: Mapping[str, Any], data: Prepared, batch: Batch, generator: torch.Generator) -> Tensor | None:
+def kept_voxels(config: Mapping[str, Any], data: Prepared, batch: Batch, generator: torch.Generator) -> Tensor | None:
+    """Return which voxels of each recording take part in a training step: B x most voxels, bool; None for all."""
     if config["voxels_per_example"] is None:
         return None
     counts = torch.tensor(data.n_voxels)[batch.subject]
     return sample_voxels(counts, config["voxels_per_example"], len(counts), generator, width=batch.betas.shape[1])
 
 
-def _start_embeddings(bit: BIT, encoder: Path, seed: int) -> None:
-    """Start the voxel embeddings at a random projection of the encoder's, at the scale of the random start."""
-    known = load_file(encoder / "encoder.safetensors")["voxel_embedding"]
+def _start_embeddings(bit: BIT, config: Mapping[str, Any], encoder: Path) -> None:
+    """Start the voxel embeddings as the config says: at random or at a projection of the encoder's, at any scale."""
     table = bit.tokenizer.voxel_embeddings
-    generator = torch.Generator().manual_seed(seed)
-    projection = torch.randn(known.shape[1], table.shape[1], generator=generator) / math.sqrt(known.shape[1])
-    projected = (known - known.mean(0)) / known.std(0) @ projection
+    std = config["embedding_std"] or float(table.detach().std())
     with torch.no_grad():
-        table.copy_(projected * table.std())
+        if config["embedding_init"] == "encoder":
+            known = load_file(encoder / "encoder.safetensors")["voxel_embedding"]
+            generator = torch.Generator().manual_seed(config["seed"])
+            projection = torch.randn(known.shape[1], table.shape[1], generator=generator) / math.sqrt(known.shape[1])
+            table.copy_((known - known.mean(0)) / known.std(0) @ projection)
+        table.mul_(std / table.std())
+
+
+def fresh_bit(config: Mapping[str, Any], layout: VoxelLayout, encoder: Path, n_queries: int, out_dim: int) -> BIT:
+    """Return an untrained BIT with the sizes, the seed and the start of the voxel embeddings in ``config``."""
+    torch.manual_seed(config["seed"])
+    bit = build_bit(config, layout, n_queries, out_dim)
+    _start_embeddings(bit, config, encoder)
+    return bit
 
 
 def _start(ctx: StageContext, data: Prepared, n_queries: int, out_dim: int) -> tuple[BIT, Pool]:
-    """Return a fresh BIT with the sizes and the seed in the config, and what it trains on."""
+    """Return a fresh BIT and what it trains on."""
     config = ctx.config
-    torch.manual_seed(config["seed"])
-    bit = build_bit(config, voxel_layout(data, ctx.inputs["clusters"]), n_queries, out_dim)
-    if config["embedding_init"] == "encoder":
-        _start_embeddings(bit, ctx.inputs["encoder"], config["seed"])
+    bit = fresh_bit(config, voxel_layout(data, ctx.inputs["clusters"]), ctx.inputs["encoder"], n_queries, out_dim)
     return bit, Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
 
 
-def _correlation(predicted: Tensor, true: Tensor) -> Tensor:
+def token_correlation(predicted: Tensor, true: Tensor) -> Tensor:
     """Return the Pearson correlation of each image's flattened tokens, B."""
     p, t = predicted.flatten(1), true.flatten(1)
     p, t = p - p.mean(1, keepdim=True), t - t.mean(1, keepdim=True)
@@ -185,7 +193,7 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(config["batch"], step, generator)
-        return loss_of(batch, generator, _keep(config, data, batch, generator))[0], {}
+        return loss_of(batch, generator, kept_voxels(config, data, batch, generator))[0], {}
 
     validation = Validation(data).batches(config["batch"])
 
@@ -195,7 +203,7 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
         for batch in validation:
             loss, predicted, true = loss_of(batch, generator, None)
             losses.append(float(loss) * len(batch.rows))
-            correlations.append(_correlation(predicted, true))
+            correlations.append(token_correlation(predicted, true))
         return {
             "loss": sum(losses) / sum(len(b.rows) for b in validation),
             "correlation": float(torch.cat(correlations).mean()),
@@ -235,14 +243,17 @@ def run_semantic(ctx: StageContext) -> dict[str, Any]:
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(config["batch"], step, generator)
-        return F.mse_loss(*pair(batch, _keep(config, data, batch, generator))), {}
+        return F.mse_loss(*pair(batch, kept_voxels(config, data, batch, generator))), {}
 
     validation = Validation(data).batches(config["batch"])
 
     def validate() -> dict[str, float]:
         pairs = [pair(batch, None) for batch in validation]
         predicted, true = (torch.cat(side) for side in zip(*pairs, strict=True))
-        return {"loss": float(F.mse_loss(predicted, true)), "correlation": float(_correlation(predicted, true).mean())}
+        return {
+            "loss": float(F.mse_loss(predicted, true)),
+            "correlation": float(token_correlation(predicted, true).mean()),
+        }
 
     summary = _fit(ctx, bit, batch_loss, validate, "semantic BIT")
     save_file(bit.state_dict(), ctx.out / "bit.safetensors")
@@ -303,7 +314,7 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(config["batch"], step, generator)
-        return loss_of(batch, generator, _keep(config["bit"], data, batch, generator)), {}
+        return loss_of(batch, generator, kept_voxels(config["bit"], data, batch, generator)), {}
 
     validation = Validation(data).batches(64)
 
