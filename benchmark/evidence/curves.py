@@ -1,4 +1,4 @@
-"""How fast BIT, an MLP and a ridge learn to predict image features: the measurements behind ``learning``.
+"""How BIT, an MLP and a ridge learn to predict image features: the measurements behind ``learning``.
 
 A score is the Pearson correlation of an image's predicted with its true tokens, flattened; mean over a subject's
 validation images, then over subjects. Test images are not read.
@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmark.context import StageContext
 from benchmark.graph import Stage
 from benchmark.progress import Progress
 from benchmark.stages.bit import (
@@ -31,7 +33,8 @@ from benchmark.stages.bit import (
     token_correlation,
     voxel_layout,
 )
-from benchmark.stages.prepare import Prepared, Samples
+from benchmark.stages.encoder import fit_clusters, fit_encoder
+from benchmark.stages.prepare import Prepared
 from benchmark.stages.targets import LowLevelTargets
 from benchmark.store import Store
 from benchmark.tracking import NoTracker
@@ -40,10 +43,12 @@ from benchmark.training_config import TrainingConfig
 from methods.baselines.mlp import MLP
 from methods.baselines.ridge import Ridge
 from methods.brain_it.losses import multi_layer_info_nce
+from methods.brain_it.tokenizer import VoxelLayout
 from methods.brain_it.transformer import BIT
 from methods.brain_it.vgg_tokens import calibrate, fit_calibration
 
 INFO_NCE, SQUARED_ERROR = "InfoNCE", "squared error"
+ENCODER_COUNTED = "MLP, equal time with the encoder counted"
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,9 @@ class Design:
     probe_steps: int = 15
     """Steps that tell how long a step takes."""
     max_steps: int | None = None
+    """Of one training: the recipes of BIT and of the encoder are cut to so many steps."""
     max_seconds: float | None = None
-    """Of one training: BIT's recipe is cut to so many steps or CPU seconds, and the MLP with it."""
+    """Of one training: BIT's recipe is cut to so many CPU seconds, and the MLP with it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class Run:
     correlation: float
     per_subject: list[float]
     seconds: float
+    encoder_seconds: float | None = None
+    """Of the encoder that this BIT got its clusters and first embeddings from; None: not known, or not a BIT."""
     steps: int | None = None
     best_step: int | None = None
     learning_rate: float | None = None
@@ -97,7 +105,6 @@ class Branch:
         self.config: dict[str, Any] = dict(stage.config)
         self.folders = {role: store.folder(upstream) for role, upstream in stage.upstream.items()}
         self.data = Prepared(self.folders["data"])
-        self.layout = voxel_layout(self.data, self.folders["clusters"])
         self.lowlevel: LowLevelTargets | None = None
         if self.name == "lowlevel":
             self.lowlevel = LowLevelTargets(self.folders["targets"], self.config)
@@ -167,34 +174,103 @@ class Branch:
 
         Smaller sets go without external images: an encoder that saw every image predicted their recordings.
         """
-        if images is None:
-            return Pool(self.data, self.folders["external"], self.config["external_fraction"], seed)
-        pool = Pool(self.data, self.folders["external"], 0.0, seed)
-        pool.samples = choose_images(pool.samples, images, seed)
-        pool.rows = self.data.target_rows(pool.samples.image)
-        return pool
+        fraction = self.config["external_fraction"] if images is None else 0.0
+        return Pool(draw_images(self.data, images, seed), self.folders["external"], fraction, seed)
 
 
-def choose_images(samples: Samples, images: int, seed: int) -> Samples:
-    """Return ``images`` recordings of each subject, drawn at random; a larger draw contains the smaller ones."""
+def draw_images(data: Prepared, images: int | None, seed: int) -> Prepared:
+    """Return the data with ``images`` training images of each subject, drawn at random; None keeps all.
+
+    A larger draw contains the smaller ones.
+    """
+    if images is None:
+        return data
+    samples = data.samples(data.train_ids)
     picks = []
-    for subject in np.unique(samples.subject):
-        own = np.flatnonzero(samples.subject == subject)
-        picks.append(np.sort(np.random.default_rng([seed, int(subject)]).permutation(own)[:images]))
-    pick = np.concatenate(picks)
-    return Samples(samples.subject[pick], samples.row[pick], samples.image[pick])
+    for subject in range(len(data.subjects)):
+        own = samples.image[samples.subject == subject]
+        picks.append(np.random.default_rng([seed, subject]).permutation(own)[:images])
+    return data.restricted(np.concatenate(picks))
+
+
+# --- what a BIT builds on ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An encoder, and the clusters that its embeddings fall into."""
+
+    encoder: Path  # folder of encoder.safetensors
+    layout: VoxelLayout
+    encoder_seconds: float | None  # CPU seconds of fitting the encoder
+
+
+class Bases:
+    """For all images the encoder and clusters of the store; for fewer, such as are fitted to those alone.
+
+    Args:
+        stage: a branch's stage; its upstream stages say how encoder and clusters are made.
+        store: where the results of those lie; nothing is written there.
+        folder: where refitted ones go.
+        design: may cut the encoder's training short.
+        progress: shows the training.
+    """
+
+    def __init__(self, stage: Stage, store: Store, folder: Path, design: Design, progress: Progress) -> None:
+        self.encoder, self.clusters = stage.upstream["encoder"], stage.upstream["clusters"]
+        self.store, self.folder, self.design, self.progress = store, folder, design, progress
+        self.data = Prepared(store.folder(stage.upstream["data"]))
+        self._made: dict[tuple[int | None, int], Basis] = {}
+
+    def get(self, images: int | None, seed: int) -> Basis:
+        """Return the basis for a training set; made where this is the first to ask for it."""
+        key = (images, 0 if images is None else seed)
+        if key not in self._made:
+            self._made[key] = self._stored() if images is None else self._refitted(images, seed)
+        return self._made[key]
+
+    def _stored(self) -> Basis:
+        layout = voxel_layout(self.data, self.store.folder(self.clusters))
+        return Basis(self.store.folder(self.encoder), layout, self.store.status(self.encoder).get("cpu_s"))
+
+    def _refitted(self, images: int, seed: int) -> Basis:
+        config = dict(self.encoder.config)
+        if self.design.max_steps is not None:
+            recipe = TrainingConfig.model_validate(config["training"])
+            steps = min(recipe.total_steps, self.design.max_steps)
+            config["training"] = {**config["training"], "steps": steps, "epochs": None, "steps_per_epoch": None}
+        out = self.folder / f"{images}-{seed}"
+        out.mkdir()
+        ctx = StageContext(
+            stage=self.encoder,
+            config=config,
+            out=out,
+            inputs={role: self.store.folder(upstream) for role, upstream in self.encoder.upstream.items()},
+            checkpoints=out / "checkpoints",
+            tracker=NoTracker(),
+            progress=self.progress,
+            device="cpu",
+            threads=torch.get_num_threads(),
+            checkpoint_seconds=float("inf"),
+        )
+        start = time.process_time()
+        fit_encoder(ctx, draw_images(self.data, images, seed))
+        seconds = time.process_time() - start
+        embeddings = load_file(out / "encoder.safetensors")["voxel_embedding"].numpy()
+        fit_clusters(embeddings, self.clusters.config).save(out / "v2c.safetensors")
+        return Basis(out, voxel_layout(self.data, out), seconds)
 
 
 # --- the three methods ------------------------------------------------------------------------------------------------
 
 
-def train_bit(branch: Branch, design: Design, images: int | None, seed: int, progress: Progress) -> Run:
+def train_bit(branch: Branch, design: Design, basis: Basis, images: int | None, seed: int, progress: Progress) -> Run:
     """Train a BIT by the variant's recipe."""
     config = {**branch.config, "seed": seed}
     recipe = TrainingConfig.model_validate(config["training"])
 
     def fresh() -> nn.Module:
-        return fresh_bit(config, branch.layout, branch.folders["encoder"], branch.n_tokens, branch.width)
+        return fresh_bit(config, basis.layout, basis.encoder, branch.n_tokens, branch.width)
 
     pool = branch.pool(images, seed)
     steps = min(recipe.total_steps, design.max_steps or recipe.total_steps)
@@ -203,9 +279,8 @@ def train_bit(branch: Branch, design: Design, images: int | None, seed: int, pro
         steps = max(1, min(steps, int(design.max_seconds / per_step)))
     training = _training(recipe, steps, design.checkpoints, seed)
     label = f"{branch.name}, BIT, {_many(images)}, seed {seed}"
-    return _fit(branch, fresh(), branch.loss_name, training, pool, label, progress).run(
-        "BIT", recipe.optimiser.lr, seed
-    )
+    fitted = _fit(branch, fresh(), branch.loss_name, training, pool, label, progress)
+    return replace(fitted.run("BIT", recipe.optimiser.lr, seed), encoder_seconds=basis.encoder_seconds)
 
 
 def train_mlp(
@@ -240,41 +315,53 @@ def mlp_name(branch: Branch, loss_name: str) -> str:
     return "MLP" if loss_name == branch.loss_name else f"MLP, {loss_name}"
 
 
-def fit_ridge(branch: Branch, images: int | None, seed: int) -> list[Run]:
-    """Fit a ridge to each subject, and the mean of its training tokens; neither sees external images."""
-    data = branch.data
+def fit_ridge(branch: Branch, images: int | None, seed: int) -> Run:
+    """Fit a ridge to each subject; it sees no external images."""
+    data = draw_images(branch.data, images, seed)
     samples = data.samples(data.train_ids)
-    if images is not None:
-        samples = choose_images(samples, images, seed)
-    ridges, seconds = [], 0.0
-    predicted, mean = torch.empty_like(branch.true), torch.empty_like(branch.true)
+    alphas, seconds = [], 0.0
+    predicted = torch.empty_like(branch.true)
     validation = torch.cat([batch.betas for batch in branch.validation])
     for s, voxels in enumerate(data.n_voxels):
         own = samples.subject == s
         start = time.process_time()
-        y = branch.targets(data.target_rows(samples.image[own]))
-        ridge = Ridge().fit(torch.from_numpy(data.betas[s][samples.row[own]]), y)
+        x = torch.from_numpy(data.betas[s][samples.row[own]])
+        ridge = Ridge().fit(x, branch.targets(data.target_rows(samples.image[own])))
         seconds += time.process_time() - start
         here = branch.subject == s
         predicted[here] = ridge.predict(validation[here, :voxels])
-        mean[here] = y.mean(0)
-        ridges.append(ridge.alpha)
-    runs = []
-    for method, tokens in (("ridge", predicted), ("mean", mean)):
-        scores = branch.score(SQUARED_ERROR, tokens)
-        runs.append(
-            Run(
-                method=method,
-                loss=SQUARED_ERROR,
-                seed=seed,
-                images=round(len(samples) / len(data.subjects)),
-                correlation=float(np.mean(scores)),
-                per_subject=scores,
-                seconds=seconds if method == "ridge" else 0.0,
-                alphas=ridges if method == "ridge" else None,
-            )
-        )
-    return runs
+        alphas.append(ridge.alpha)
+    return replace(_untrained(branch, "ridge", predicted, data, seed), seconds=seconds, alphas=alphas)
+
+
+def predict_mean(branch: Branch, images: int | None, seed: int) -> Run:
+    """Predict the mean of each subject's training tokens."""
+    data = draw_images(branch.data, images, seed)
+    samples = data.samples(data.train_ids)
+    predicted = torch.empty_like(branch.true)
+    for s in range(len(data.subjects)):
+        rows = data.target_rows(samples.image[samples.subject == s])
+        predicted[branch.subject == s] = branch.targets(rows).mean(0)
+    return _untrained(branch, "mean", predicted, data, seed)
+
+
+def _untrained(branch: Branch, method: str, predicted: Tensor, data: Prepared, seed: int) -> Run:
+    """Return the run of a method that no gradient trained."""
+    scores = branch.score(SQUARED_ERROR, predicted)
+    return Run(
+        method=method,
+        loss=SQUARED_ERROR,
+        seed=seed,
+        images=images_per_subject(data),
+        correlation=float(np.mean(scores)),
+        per_subject=scores,
+        seconds=0.0,
+    )
+
+
+def images_per_subject(data: Prepared) -> int:
+    """Return how many training images a subject saw (the mean, where subjects differ)."""
+    return round(len(data.samples(data.train_ids)) / len(data.subjects))
 
 
 def _many(images: int | None) -> str:
@@ -366,7 +453,7 @@ def _fit(
     scores = branch.score(loss_name, branch.predict(model))
     return _Fitted(
         loss=loss_name,
-        images=round(len(pool.samples) / len(branch.data.subjects)),
+        images=images_per_subject(pool.data),
         scores=scores,
         seconds=curve[-1]["seconds"],
         steps=result.steps,
@@ -419,32 +506,81 @@ def _train(
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
-def measure(branch: Branch, design: Design, progress: Progress) -> tuple[list[Run], dict[str, dict[str, float]]]:
-    """Measure all methods at all sizes with all seeds.
+@dataclass
+class Findings:
+    """The finished runs of a branch. ``trials`` are the runs that the MLPs' learning rates are chosen by."""
 
-    Returns:
-        The runs, and for each MLP the correlations that its learning rates were chosen by.
+    runs: list[Run] = field(default_factory=list)
+    trials: list[Run] = field(default_factory=list)
+
+
+def measure(
+    branches: Mapping[str, Branch],
+    bases: Bases,
+    design: Design,
+    progress: Progress,
+    findings: Mapping[str, Findings],
+    save: Callable[[], None],
+) -> None:
+    """Measure all methods at all sizes with all seeds, but for the runs that ``findings`` has already.
+
+    A branch's new runs are added to its findings; ``save`` is called after each.
     """
-    counts = np.bincount(branch.data.samples(branch.data.train_ids).subject)
-    sizes = [None, *(size for size in sorted(design.sizes, reverse=True) if size < counts.min())]
-    losses = list(dict.fromkeys((branch.loss_name, SQUARED_ERROR)))
-    runs: list[Run] = []
-    tried: dict[str, dict[str, float]] = {}
-    rates: dict[str, float] = {}
+    counts = np.bincount(bases.data.samples(bases.data.train_ids).subject)
+    smaller = [size for size in sorted(set(design.sizes), reverse=True) if size < counts.min()]
+    # A size's branches come one after the other: an interrupted measurement has at most one encoder to fit again.
     for seed in range(design.seeds):
-        for images in sizes:
-            if images is not None or seed == 0:  # on all images nothing about it is random
-                runs += fit_ridge(branch, images, seed)
-            bit = train_bit(branch, design, images, seed, progress)
-            runs.append(bit)
-            for loss_name in losses:
-                found = {
-                    rate: train_mlp(branch, design, loss_name, rate, bit.seconds, images, seed, progress)
-                    for rate in ([rates[loss_name]] if loss_name in rates else design.rates)
-                }
-                best = max(found, key=lambda rate: found[rate].correlation)
-                runs.append(found[best])
-                if loss_name not in rates:
-                    rates[loss_name] = best
-                    tried[mlp_name(branch, loss_name)] = {f"{rate:g}": run.correlation for rate, run in found.items()}
-    return runs, tried
+        for images in (None, *smaller):
+            for name, branch in branches.items():
+                _measure_at(images, seed, branch, bases, design, progress, findings[name], save)
+
+
+def _measure_at(
+    images: int | None,
+    seed: int,
+    branch: Branch,
+    bases: Bases,
+    design: Design,
+    progress: Progress,
+    found: Findings,
+    save: Callable[[], None],
+) -> None:
+    count = images_per_subject(draw_images(branch.data, images, seed))
+
+    def once(runs: list[Run], method: str, make: Callable[[], Run], rate: float | None = None) -> Run:
+        """Return the run that is there already, or make it."""
+        wanted = (method, seed, count)
+        for run in runs:
+            if (run.method, run.seed, run.images) == wanted and rate in (None, run.learning_rate):
+                return run
+        runs.append(make())
+        save()
+        return runs[-1]
+
+    def mlp(loss_name: str, rate: float, seconds: float) -> Callable[[], Run]:
+        return lambda: train_mlp(branch, design, loss_name, rate, seconds, images, seed, progress)
+
+    first = images is None and seed == 0
+    if first or images is not None:  # on all images nothing about these two is random
+        once(found.runs, "ridge", lambda: fit_ridge(branch, images, seed))
+        once(found.runs, "mean", lambda: predict_mean(branch, images, seed))
+    bit = once(found.runs, "BIT", lambda: train_bit(branch, design, bases.get(images, seed), images, seed, progress))
+    for loss_name in dict.fromkeys((branch.loss_name, SQUARED_ERROR)):
+        method = mlp_name(branch, loss_name)
+        if first:
+            trials = [once(found.trials, method, mlp(loss_name, rate, bit.seconds), rate) for rate in design.rates]
+            once(found.runs, method, lambda trials=trials: max(trials, key=lambda run: run.correlation))  # type: ignore[misc]
+        else:
+            once(found.runs, method, mlp(loss_name, _chosen_rate(found.runs, method), bit.seconds))
+    # Where recipes are cut, the encoder in the store was not: its seconds would dwarf all others.
+    if first and bit.encoder_seconds is not None and design.max_steps is None:
+        rate = _chosen_rate(found.runs, mlp_name(branch, branch.loss_name))
+        longer = mlp(branch.loss_name, rate, bit.seconds + bit.encoder_seconds)
+        once(found.runs, ENCODER_COUNTED, lambda: replace(longer(), method=ENCODER_COUNTED))
+
+
+def _chosen_rate(runs: Sequence[Run], method: str) -> float:
+    """Return the learning rate of the first run of a method: the one on all images with the first seed."""
+    rate = next(run.learning_rate for run in runs if run.method == method)
+    assert rate is not None
+    return rate

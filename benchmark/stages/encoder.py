@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,21 @@ def _build(config: dict[str, Any], data: Prepared, features: _Features) -> Brain
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Train the encoder on single-subject images; keep the weights with the best validation correlation.
+    """Train the encoder on single-subject images.
+
+    Outputs: those of :func:`fit_encoder`.
+    """
+    return fit_encoder(ctx, Prepared(ctx.inputs["data"]))
+
+
+def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
+    """Train an encoder on the training images of ``data``; keep the weights with the best validation correlation.
 
     Outputs: ``encoder.safetensors`` (its voxel table is ``voxel_embedding``) and ``correlation.npy`` (voxels:
     validation Pearson r).
     """
     config = dict(ctx.config)
-    data = Prepared(ctx.inputs["data"])
+    torch.manual_seed(config["seed"])
     features = _Features(ctx.inputs["targets"], len(config["taps"]))
     model = _build(config, data, features)
     training = TrainingConfig.model_validate(config["training"])
@@ -135,15 +144,7 @@ def run_clusters(ctx: StageContext) -> dict[str, Any]:
     Output: ``v2c.safetensors`` with its description.
     """
     embeddings = load_file(ctx.inputs["encoder"] / "encoder.safetensors")["voxel_embedding"].numpy()
-    if ctx.config["n_clusters"] > len(embeddings):
-        raise UserError(f"clustering.n_clusters is {ctx.config['n_clusters']}, but there are {len(embeddings)} voxels")
-    mapping = gaussian_mixture(
-        normalise(embeddings),
-        ctx.config["n_clusters"],
-        covariance=ctx.config["covariance"],
-        seed=ctx.config["seed"],
-        max_iter=ctx.config["max_iter"],
-    )
+    mapping = fit_clusters(embeddings, ctx.config)
     mapping.save(ctx.out / "v2c.safetensors")
     sizes = mapping.sizes()
     return {
@@ -154,6 +155,23 @@ def run_clusters(ctx: StageContext) -> dict[str, Any]:
         "converged": mapping.converged,
         "log_likelihood": mapping.log_likelihood,
     }
+
+
+def fit_clusters(embeddings: np.ndarray, config: Mapping[str, Any]) -> V2C:
+    """Cluster voxels by their embeddings (voxels x width), as the stage's ``config`` says.
+
+    Raises:
+        UserError: more clusters than voxels.
+    """
+    if config["n_clusters"] > len(embeddings):
+        raise UserError(f"clustering.n_clusters is {config['n_clusters']}, but there are {len(embeddings)} voxels")
+    return gaussian_mixture(
+        normalise(embeddings),
+        config["n_clusters"],
+        covariance=config["covariance"],
+        seed=config["seed"],
+        max_iter=config["max_iter"],
+    )
 
 
 def load_mapping(folder: Path) -> V2C:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,6 +116,18 @@ class Prepared:
         self.validation_ids = np.array(meta["validation_ids"], np.int64)
         self.shared_ids = np.array(meta["shared_ids"], np.int64)
         self.target_ids = np.sort(np.concatenate([self.train_ids, self.validation_ids]))
+
+    def restricted(self, train_ids: np.ndarray) -> Prepared:
+        """Return the same data with these training images alone; target rows keep their numbers.
+
+        Raises:
+            ValueError: an image that is not a training image.
+        """
+        if not np.isin(train_ids, self.train_ids).all():
+            raise ValueError("restricted: an image that is not in the training set")
+        fewer = copy.copy(self)
+        fewer.train_ids = np.unique(train_ids)
+        return fewer
 
     @cached_property
     def images(self) -> np.ndarray:

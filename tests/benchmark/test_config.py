@@ -56,6 +56,7 @@ PAPER = {
     "lowlevel.batch": 64,
     "lowlevel.external_fraction": None,
     "lowlevel.embedding_init": "random",
+    "lowlevel.embedding_std": None,
     "lowlevel.width": 512,
     "lowlevel.input_size": 112,
     "lowlevel.layers": ("5", "12", "22", "32", "42"),
@@ -143,7 +144,6 @@ def test_the_demo_shrinks_sizes_and_keeps_the_method() -> None:
         "clustering.n_clusters",
         "lowlevel.windows",
         "lowlevel.scale",
-        "lowlevel.embedding_init",
         "joint.offset_noise",
         "generation.offset_noise",
     ]

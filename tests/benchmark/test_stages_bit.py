@@ -221,11 +221,16 @@ def test_embeddings_can_start_from_the_encoders(tiny_run: Any, tmp_path: Path, m
 
     monkeypatch.setattr(bit_stage, "_fit", fit)
     stage = tiny_run.stage("semantic")
-    for name in ("random", "encoder", "encoder"):
-        bit_stage.run_semantic(tiny_run.context(stage, tmp_path / "out", embedding_init=name))
-    random, start, again = starts
+    for name, std in (("random", None), ("encoder", None), ("encoder", None), ("encoder", 0.5), ("random", 0.5)):
+        settings = {"embedding_init": name, "embedding_std": std}
+        bit_stage.run_semantic(tiny_run.context(stage, tmp_path / "out", **settings))
+    random, start, again, large, large_random = starts
     assert torch.equal(start, again) and not torch.equal(start, random)
-    assert float(start.std()) == pytest.approx(float(random.std()), rel=0.25), "at the scale of the random start"
+    assert float(random.std()) == pytest.approx(0.05 / random.shape[1] ** 0.5, rel=0.05), "the official code's"
+    assert float(start.std()) == pytest.approx(float(random.std())), "at the scale of the random start"
+    for table, wide in ((start, large), (random, large_random)):
+        assert float(wide.std()) == pytest.approx(0.5)
+        torch.testing.assert_close(wide / wide.std(), table / table.std())
     known = load_file(tiny_run.folder("encoder") / "encoder.safetensors")["voxel_embedding"]
     basis = torch.cat([known, torch.ones(len(known), 1)], 1)
     for table, is_linear in ((start, True), (random, False)):
