@@ -311,7 +311,7 @@ class _Style:
 _STYLES = {
     "mean": _Style("mean", "#767676", dash="2 4"),
     "ridge": _Style("ridge", "#222222", marker="triangle"),
-    "MLP, equal time with the encoder counted": _Style("MLP, BIT + encoder time", "#B04A00", dash="9 3 2 3"),
+    "MLP, equal time with the encoder counted": _Style("MLP + encoder time", "#B04A00", dash="9 3 2 3"),
     "MLP, squared error": _Style("MLP, squared error", "#D55E00", dash="7 4", marker="square"),
     "MLP": _Style("MLP", "#D55E00", marker="square"),
     "BIT": _Style("BIT", "#0072B2", marker="circle"),
@@ -345,7 +345,9 @@ def figure(record: Mapping[str, Any]) -> str:
         seconds = [step * k for k in range(int(longest / step) + 1)]
         title, y = BRANCHES[name], number * _PANEL_HEIGHT
         rows.append(_panel(0, y, title, "training images per subject (log scale)", by_images, images, math.log, top))
-        rows.append(_panel(_PANEL_WIDTH, y, title, "CPU seconds of training, all images", by_seconds, seconds, float, top))
+        rows.append(
+            _panel(_PANEL_WIDTH, y, title, "CPU seconds of training, all images", by_seconds, seconds, float, top)
+        )
     height = len(rows) // 2 * _PANEL_HEIGHT
     spoken = "Correlation of predicted with true tokens on validation images, mean over subjects, of BIT, MLP and ridge"
     return (

@@ -93,6 +93,18 @@ def test_target_rows_number_training_validation_and_external_images(data: Prepar
             data.target_rows(bad)
 
 
+def test_restricted_data_lose_training_images_and_nothing_else(data: Prepared) -> None:
+    few = data.restricted(data.train_ids[[7, 2, 20]])
+    assert np.array_equal(few.train_ids, data.train_ids[[2, 7, 20]]) and len(data.train_ids) == 28
+    assert np.array_equal(few.target_rows(few.train_ids), data.target_rows(few.train_ids)), (
+        "targets on disk are numbered so"
+    )
+    assert few.n_targets == data.n_targets and np.array_equal(few.validation_ids, data.validation_ids)
+    assert sorted(few.samples(few.train_ids).image) == few.train_ids.tolist()
+    with pytest.raises(ValueError, match="not in the training set"):
+        data.restricted(data.validation_ids[:1])
+
+
 def test_test_images_are_the_shared_ones_that_all_saw(data: Prepared) -> None:
     assert np.array_equal(data.test_ids([1, 2]), data.shared_ids)
     assert np.array_equal(data.test_ids((2,)), data.shared_ids)
