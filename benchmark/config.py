@@ -362,11 +362,11 @@ def demo() -> Variant:
             training=_one_cycle(600, 6e-3, 200, "loss", voxel_lr=3e-3),
         ),
         semantic=SemanticConfig(**bit, dim=96, heads=6, training=_one_cycle(800, 6e-3, 200, "loss", voxel_lr=3e-3)),
-        joint=JointConfig(training=_one_cycle(60, 3e-4, 60, "loss"), external_fraction=0.0),
+        joint=JointConfig(training=_one_cycle(60, 3e-5, 60, "loss"), external_fraction=0.0),
         dip=DipConfig(
-            size=64, steps=80, lr=1.5e-2, channels=12, skip=4, depth=16, ema=0.9, calibrate=True, gain=1.3, batch=24
+            size=64, steps=80, lr=1.5e-2, channels=12, skip=4, depth=16, ema=0.9, calibrate=True, gain=2.5, batch=24
         ),
-        generation=GenerationConfig(steps=18, start_step=7, guidance=3.0, contrast=1.0, subjects=(1, 2), batch=48),
+        generation=GenerationConfig(steps=18, start_step=4, guidance=2.0, contrast=1.0, subjects=(1, 2), batch=48),
         score=ScoreConfig(protocol="demo"),
     )
 

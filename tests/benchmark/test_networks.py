@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from diffusers import EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from benchmark import networks, weights
-from benchmark.demo_generator.model import FOLDER, DemoGenerator
+from benchmark.data.scenes import render_scenes
+from benchmark.demo_generator.model import FOLDER, DemoGenerator, TokenSketch, TokenUNet
 from benchmark.errors import UserError
 from methods.brain_it.unclip import decode, encode
 
@@ -267,9 +268,54 @@ def test_the_generator_has_the_shapes_that_the_stages_count_on(images: Tensor) -
     assert other is not unet, "joint training changes the weights: each caller has its own"
 
 
+@torch.no_grad()
+def test_the_denoiser_predicts_noise_by_way_of_v(images: Tensor) -> None:
+    """The noise is that of v and sample: undoing it gives the latent that v and sample mean."""
+    generator = networks.generator("demo")
+    unet = generator.unet
+    assert isinstance(unet, TokenUNet)
+    schedule = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    torch.testing.assert_close(unet.alphas, schedule.alphas_cumprod, atol=1e-6, rtol=1e-4)
+    tokens, level = torch.randn(2, 16, 320), torch.tensor([3, 990])
+    sample = torch.randn(2, 4, 16, 16)
+    v, sketched = unet.velocity(sample, level, tokens)
+    noise = unet(sample, level, tokens).sample
+    assert torch.equal(noise, unet(sample, level, tokens, return_dict=False)[0])
+    a = schedule.alphas_cumprod[level].view(-1, 1, 1, 1)
+    latent = (sample - (1 - a).sqrt() * noise) / a.sqrt()
+    torch.testing.assert_close(latent, a.sqrt() * sample - (1 - a).sqrt() * v, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(a.sqrt() * noise - (1 - a).sqrt() * latent, v, atol=1e-3, rtol=1e-3)
+    assert sketched.shape == sample.shape
+
+
+@torch.no_grad()
+def test_each_token_paints_its_own_part(images: Tensor) -> None:
+    sketch = TokenSketch().eval()
+    tokens = torch.randn(1, 16, 320)
+    context, painted, latent = sketch(tokens)
+    assert context.shape == (1, 16, 192) and painted.shape == (1, 16, 16, 16) and latent.shape == (1, 4, 16, 16)
+    token, row, column = 6, 1, 2  # second row, third column of the 4 x 4 grid
+    patch = sketch.paint(context[0, token]).view(16, 4, 4)
+    torch.testing.assert_close(painted[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4], patch)
+
+
+def test_true_tokens_sketch_the_picture_better_than_none() -> None:
+    """The shipped weights have learned: fresh scenes, against the same sketch of another scene."""
+    pictures, _ = render_scenes(8, 99)
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    generator = networks.generator("demo")
+    assert isinstance(generator.unet, TokenUNet)
+    with torch.no_grad():
+        latents = encode(generator.vae, images)
+        sketched = generator.unet.sketch(networks.semantic_network("lite0")(images))[2]
+    own = (sketched - latents).square().mean()
+    other = (sketched.roll(1, 0) - latents).square().mean()
+    assert float(own) < 0.4 * float(other)
+
+
 def test_the_generator_survives_saving(tmp_path: Path) -> None:
     parts = DemoGenerator.load()
-    parts.save(tmp_path, {"seed": 5})
+    parts.save(tmp_path)
     again = DemoGenerator.load(tmp_path)
     for name in ("vae", "unet"):
         a, b = getattr(parts, name).state_dict(), getattr(again, name).state_dict()
@@ -278,7 +324,6 @@ def test_the_generator_survives_saving(tmp_path: Path) -> None:
         )
     assert again.scaling_factor == parts.scaling_factor == again.vae.config.scaling_factor
     assert torch.equal(again.token_mean, parts.token_mean) and torch.equal(again.token_std, parts.token_std)
-    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "other shape", "no scale", "no mean"])
@@ -292,7 +337,7 @@ def test_a_damaged_generator_is_one_line(tmp_path: Path, damage: str) -> None:
         unet.unlink()
     elif damage == "other shape":
         state = load_file(unet)
-        state["token_positions"] = torch.zeros(3, 3)
+        state["sketch.positions"] = torch.zeros(3, 3)
         save_file(state, unet)
     elif damage == "no scale":
         (tmp_path / "config.json").write_text("{}")
