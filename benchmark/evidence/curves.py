@@ -30,6 +30,7 @@ from benchmark.stages.bit import (
     Validation,
     fresh_bit,
     kept_voxels,
+    lowlevel_loss,
     token_correlation,
     voxel_layout,
 )
@@ -42,7 +43,6 @@ from benchmark.training import TrainResult, Validate, train
 from benchmark.training_config import TrainingConfig
 from methods.baselines.mlp import MLP
 from methods.baselines.ridge import Ridge
-from methods.brain_it.losses import multi_layer_info_nce
 from methods.brain_it.tokenizer import VoxelLayout
 from methods.brain_it.transformer import BIT
 from methods.brain_it.vgg_tokens import calibrate, fit_calibration
@@ -132,11 +132,7 @@ class Branch:
         if name == SQUARED_ERROR:
             return F.mse_loss(model(batch.betas, batch.subject, keep=keep), self.targets(batch.rows))
         assert self.lowlevel is not None
-        tokens = self.lowlevel.tokens
-        positions = tokens.sample_positions(len(batch.rows), generator)
-        true = self.targets(batch.rows).gather(1, positions[..., None].expand(-1, -1, self.width))
-        predicted = model(batch.betas, batch.subject, keep=keep, queries=positions)
-        return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, self.config["scale"])
+        return lowlevel_loss(model, batch, self.lowlevel, self.config["scale"], generator, keep, "cpu")[0]
 
     def validation_loss(self, name: str, model: nn.Module) -> float:
         """Return the mean loss over the validation images, with the same sampled positions each time."""
@@ -279,8 +275,8 @@ def train_bit(branch: Branch, design: Design, basis: Basis, images: int | None, 
         steps = max(1, min(steps, int(design.max_seconds / per_step)))
     training = _training(recipe, steps, design.checkpoints, seed)
     label = f"{branch.name}, BIT, {_many(images)}, seed {seed}"
-    fitted = _fit(branch, fresh(), branch.loss_name, training, pool, label, progress)
-    return replace(fitted.run("BIT", recipe.optimiser.lr, seed), encoder_seconds=basis.encoder_seconds)
+    run = _fit(branch, fresh(), "BIT", branch.loss_name, seed, training, pool, label, progress)
+    return replace(run, encoder_seconds=basis.encoder_seconds)
 
 
 def train_mlp(
@@ -304,10 +300,9 @@ def train_mlp(
     pool = branch.pool(images, seed)
     per_step = _step_seconds(branch, fresh(), loss_name, recipe, pool, design.probe_steps)
     training = _training(recipe, max(1, round(seconds / per_step)), design.checkpoints, seed)
-    label = f"{branch.name}, {mlp_name(branch, loss_name)}, {_many(images)}, seed {seed}, rate {rate:g}"
-    return _fit(branch, fresh(), loss_name, training, pool, label, progress).run(
-        mlp_name(branch, loss_name), rate, seed
-    )
+    method = mlp_name(branch, loss_name)
+    label = f"{branch.name}, {method}, {_many(images)}, seed {seed}, rate {rate:g}"
+    return _fit(branch, fresh(), method, loss_name, seed, training, pool, label, progress)
 
 
 def mlp_name(branch: Branch, loss_name: str) -> str:
@@ -382,36 +377,6 @@ class _Context:
     checkpoint_seconds: float = float("inf")
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """A trained network's score and how it came to it."""
-
-    loss: str
-    images: int
-    scores: list[float]
-    seconds: float
-    steps: int
-    best_step: int
-    parameters: int
-    curve: list[dict[str, float]]
-
-    def run(self, method: str, rate: float, seed: int) -> Run:
-        return Run(
-            method=method,
-            loss=self.loss,
-            seed=seed,
-            images=self.images,
-            correlation=float(np.mean(self.scores)),
-            per_subject=self.scores,
-            seconds=self.seconds,
-            steps=self.steps,
-            best_step=self.best_step,
-            learning_rate=rate,
-            parameters=self.parameters,
-            curve=self.curve,
-        )
-
-
 def _training(recipe: TrainingConfig, steps: int, checkpoints: int, seed: int) -> TrainingConfig:
     """Return the recipe for another number of steps, with ``checkpoints`` validations."""
     changes: Mapping[str, Any] = {
@@ -427,12 +392,14 @@ def _training(recipe: TrainingConfig, steps: int, checkpoints: int, seed: int) -
 def _fit(
     branch: Branch,
     model: nn.Module,
+    method: str,
     loss_name: str,
+    seed: int,
     training: TrainingConfig,
     pool: Pool,
     label: str,
     progress: Progress,
-) -> _Fitted:
+) -> Run:
     """Train a network and score the weights that the recipe keeps."""
     starts: list[float] = []
     paused = 0.0  # CPU seconds of validation
@@ -451,13 +418,17 @@ def _fit(
 
     result = _train(branch, model, loss_name, training, pool, label, progress, starts, validate)
     scores = branch.score(loss_name, branch.predict(model))
-    return _Fitted(
+    return Run(
+        method=method,
         loss=loss_name,
+        seed=seed,
         images=images_per_subject(pool.data),
-        scores=scores,
+        correlation=float(np.mean(scores)),
+        per_subject=scores,
         seconds=curve[-1]["seconds"],
         steps=result.steps,
         best_step=result.best_step,
+        learning_rate=training.optimiser.lr,
         parameters=sum(p.numel() for p in model.parameters()),
         curve=curve,
     )

@@ -30,7 +30,7 @@ from benchmark.progress import Progress
 from benchmark.stages import METHOD, image_name, seen_name
 from benchmark.stages.prepare import TREE
 from benchmark.stages.reconstruct import KINDS, image_seed, read_images
-from benchmark.stages.targets import BATCH, as_pixels
+from benchmark.stages.targets import BATCH, as_bytes, as_pixels
 from benchmark.store import CONFIG, DONE, read_json, write_json
 from leaderboard import Interval, compare, read_leaderboard, summarise
 from leaderboard.statistics import bootstrap_interval
@@ -99,17 +99,12 @@ def draw_from_tokens(
 ) -> np.ndarray:
     """Return what the generator makes of tokens (n x tokens x dim): n x S x S x 3 uint8."""
     with progress.bar("images from true tokens", total=len(seeds)) as bar:
-        return _as_bytes(semantic_images(generator, tokens, settings, seeds, batch=BATCH, progress=bar.advance))
+        return as_bytes(semantic_images(generator, tokens, settings, seeds, batch=BATCH, progress=bar.advance))
 
 
 def _settings(generation: Mapping[str, Any]) -> GenerationSettings:
     names = ("steps", "start_step", "guidance", "offset_noise", "contrast")
     return GenerationSettings(**{name: generation[name] for name in names})
-
-
-def _as_bytes(images: Tensor) -> np.ndarray:
-    """Return n x 3 x S x S in [0, 1] as n x S x S x 3 uint8, rounded as reconstructions are."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -439,4 +434,4 @@ def _through_autoencoder(model: Generator, images: np.ndarray) -> np.ndarray:
     parts = [
         decode(model.vae, encode(model.vae, as_pixels(images[k : k + BATCH]))) for k in range(0, len(images), BATCH)
     ]
-    return _as_bytes(torch.cat(parts))
+    return as_bytes(torch.cat(parts))

@@ -167,6 +167,29 @@ def token_correlation(predicted: Tensor, true: Tensor) -> Tensor:
     return (p * t).sum(1) / (p.norm(dim=1) * t.norm(dim=1)).clamp(min=1e-12)
 
 
+def lowlevel_loss(
+    model: nn.Module,
+    batch: Batch,
+    targets: LowLevelTargets,
+    scale: float,
+    generator: torch.Generator,
+    keep: Tensor | None,
+    device: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return InfoNCE at positions drawn for each example (Sec. 3.2), and the predicted and true tokens there."""
+    tokens = targets.tokens
+    positions = tokens.sample_positions(len(batch.rows), generator)
+    index = positions[..., None].expand(-1, -1, tokens.width)
+    true = targets(batch.rows).gather(1, index).to(device)
+    predicted = model(
+        batch.betas.to(device),
+        batch.subject.to(device),
+        keep=None if keep is None else keep.to(device),
+        queries=positions.to(device),
+    ).float()
+    return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, scale), predicted, true
+
+
 def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     """Train the low-level BIT with InfoNCE on sampled positions (Sec. 3.2).
 
@@ -176,20 +199,10 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
     targets = LowLevelTargets(ctx.inputs["targets"], config)
-    tokens = targets.tokens
-    bit, pool = _start(ctx, data, tokens.tokens, tokens.width)
+    bit, pool = _start(ctx, data, targets.tokens.tokens, targets.tokens.width)
 
     def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        positions = tokens.sample_positions(len(batch.rows), generator)
-        index = positions[..., None].expand(-1, -1, tokens.width)
-        true = targets(batch.rows).gather(1, index).to(ctx.device)
-        predicted = bit(
-            batch.betas.to(ctx.device),
-            batch.subject.to(ctx.device),
-            keep=None if keep is None else keep.to(ctx.device),
-            queries=positions.to(ctx.device),
-        ).float()
-        return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, config["scale"]), predicted, true
+        return lowlevel_loss(bit, batch, targets, config["scale"], generator, keep, ctx.device)
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(config["batch"], step, generator)

@@ -17,7 +17,7 @@ from benchmark.context import StageContext
 from benchmark.stages import image_name, seen_name
 from benchmark.stages.bit import build_bit, voxel_layout
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.targets import LowLevelTargets, as_pixels
+from benchmark.stages.targets import LowLevelTargets, as_bytes, as_pixels
 from methods.brain_it.dip import invert
 from methods.brain_it.generate import GenerationSettings, combined_images, semantic_images
 from methods.brain_it.vgg_tokens import calibrate
@@ -128,8 +128,7 @@ def _invert(
 def _save(folder: Path, names: list[str], images: Tensor) -> None:
     """Write images (N x 3 x H x W in [0, 1]) as PNG."""
     folder.mkdir(exist_ok=True)
-    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    for name, image in zip(names, pixels, strict=True):
+    for name, image in zip(names, as_bytes(images), strict=True):
         Image.fromarray(image).save(folder / name, compress_level=6)
 
 

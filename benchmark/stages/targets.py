@@ -32,6 +32,11 @@ def as_pixels(images: np.ndarray, size: int | None = None) -> Tensor:
     return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
+def as_bytes(images: Tensor) -> np.ndarray:
+    """Return B x 3 x H x W in [0, 1] as uint8 B x H x W x 3, rounded."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def run(ctx: StageContext) -> dict[str, Any]:
     """Write the features of all target rows (see ``Prepared``), float16.
 
