@@ -60,7 +60,7 @@ class Design:
     seeds: int = 3
     checkpoints: int = 10
     """Validations of a training; the weights with the least loss are kept, as in the sweep."""
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates of the MLP; the best on all images with the first seed serves every size and seed."""
     hidden: int = 256
     blocks: int = 2
