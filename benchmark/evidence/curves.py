@@ -31,6 +31,7 @@ from benchmark.stages.bit import (
     fresh_bit,
     kept_voxels,
     lowlevel_loss,
+    mean_loss,
     token_correlation,
     voxel_layout,
 )
@@ -137,10 +138,7 @@ class Branch:
     def validation_loss(self, name: str, model: nn.Module) -> float:
         """Return the mean loss over the validation images, with the same sampled positions each time."""
         generator = torch.Generator().manual_seed(VALIDATION_SEED)
-        losses = [
-            float(self.loss(name, model, batch, generator, sample=False)) * len(batch.rows) for batch in self.validation
-        ]
-        return sum(losses) / len(self.rows)
+        return mean_loss(lambda batch: self.loss(name, model, batch, generator, sample=False), self.validation)
 
     def predict(self, model: nn.Module) -> Tensor:
         """Return the network's tokens of all validation recordings."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,11 @@ def token_correlation(predicted: Tensor, true: Tensor) -> Tensor:
     return (p * t).sum(1) / (p.norm(dim=1) * t.norm(dim=1)).clamp(min=1e-12)
 
 
+def mean_loss(loss_of: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> float:
+    """Return the mean over the examples of all ``batches`` of a loss that is a mean over each batch."""
+    return sum(float(loss_of(batch)) * len(batch.rows) for batch in batches) / sum(len(b.rows) for b in batches)
+
+
 def lowlevel_loss(
     model: nn.Module,
     batch: Batch,
@@ -212,15 +217,14 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
 
     def validate() -> dict[str, float]:
         generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same positions each time
-        losses, correlations = [], []
-        for batch in validation:
+        correlations = []
+
+        def measured(batch: Batch) -> Tensor:
             loss, predicted, true = loss_of(batch, generator, None)
-            losses.append(float(loss) * len(batch.rows))
             correlations.append(token_correlation(predicted, true))
-        return {
-            "loss": sum(losses) / sum(len(b.rows) for b in validation),
-            "correlation": float(torch.cat(correlations).mean()),
-        }
+            return loss
+
+        return {"loss": mean_loss(measured, validation), "correlation": float(torch.cat(correlations).mean())}
 
     summary = _fit(ctx, bit, batch_loss, validate, "low-level BIT")
     save_file(bit.state_dict(), ctx.out / "bit.safetensors")
@@ -333,8 +337,7 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
 
     def validate() -> dict[str, float]:
         generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same levels and noise each time
-        losses = [float(loss_of(batch, generator, None)) * len(batch.rows) for batch in validation]
-        return {"loss": sum(losses) / sum(len(batch.rows) for batch in validation)}
+        return {"loss": mean_loss(lambda batch: loss_of(batch, generator, None), validation)}
 
     with torch.no_grad():
         model.to(ctx.device).eval()
