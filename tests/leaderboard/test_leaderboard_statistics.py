@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,14 +71,71 @@ def test_scores_refuses(table_of, change, says):
         scores(columns)
 
 
-def test_bootstrap_agrees_with_scipy_for_one_subject():
-    values = np.random.default_rng(1).exponential(size=40)
-    low, high = bootstrap_interval(values[None], 20000)
+ONE_SUBJECT = {
+    "skewed": np.random.default_rng(1).exponential(size=40),
+    "skewed to the left": -np.random.default_rng(2).lognormal(size=25),
+    "two-way identification": np.random.default_rng(3).binomial(23, 0.93, size=24) / 23,
+    "retrieval": (np.random.default_rng(4).random(60) < 0.1).astype(float),
+    "one image that differs": np.array([0.5] * 11 + [0.9]),
+    "two images": np.array([0.2, 0.7]),
+}
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.68])
+@pytest.mark.parametrize("values", ONE_SUBJECT.values(), ids=ONE_SUBJECT)
+def test_the_interval_of_one_subject_is_scipys_bca(values, confidence):
+    low, high = bootstrap_interval(values[None], 3000, seed=5, confidence=confidence)
+    ours = SimpleNamespace(bootstrap_distribution=bootstrap_means(values[None], 3000, seed=5))
+    # Means that differ in rounding only tie for us; scipy has to be handed them equal.
+    observed = values.mean()
+    ours.bootstrap_distribution[np.abs(ours.bootstrap_distribution - observed) < 1e-12] = observed
     theirs = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=20000, method="percentile", rng=0
+        (values,), np.mean, n_resamples=0, bootstrap_result=ours, method="BCa", confidence_level=confidence
     ).confidence_interval
-    assert low == pytest.approx(theirs.low, abs=0.01)
-    assert high == pytest.approx(theirs.high, abs=0.01)
+    assert low == pytest.approx(theirs.low, abs=1e-10)
+    assert high == pytest.approx(theirs.high, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", ["skewed", "skewed to the left"])
+def test_the_interval_of_one_subject_is_what_scipy_finds_with_draws_of_its_own(name):
+    values = ONE_SUBJECT[name]
+    theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=20000, method="BCa", rng=0).confidence_interval
+    found = bootstrap_interval(values[None], 20000)
+    assert list(found) == pytest.approx([theirs.low, theirs.high], abs=0.2 * np.std(values) / np.sqrt(len(values)))
+
+
+def test_the_interval_of_several_subjects_is_made_of_percentiles():
+    values = np.random.default_rng(1).exponential(size=(2, 3, 40))
+    bounds = np.percentile(bootstrap_means(values, 500, seed=2), [2.5, 97.5], axis=0)
+    np.testing.assert_allclose(bootstrap_interval(values, 500, seed=2), bounds, rtol=1e-12)
+
+
+def test_a_row_with_one_of_several_subjects_has_bca_as_if_it_stood_alone():
+    values = np.random.default_rng(1).exponential(size=(3, 2, 40))
+    values[1, 0] = np.nan
+    values[1, 1, 7:9] = np.nan
+    low, high = bootstrap_interval(values, 8000)
+    alone = bootstrap_interval(values[1, 1:, ~np.isnan(values[1, 1])].T, 8000)
+    assert [low[1], high[1]] == pytest.approx(list(alone), abs=0.04)
+    others = np.percentile(bootstrap_means(values[[0, 2]], 8000), [2.5, 97.5], axis=0)
+    np.testing.assert_allclose([low[[0, 2]], high[[0, 2]]], others)
+
+
+@pytest.mark.parametrize("values", [np.full((1, 9), 0.3), np.full((1, 1), 0.3), np.zeros((1, 5))])
+def test_an_interval_of_equal_scores_is_that_score(values):
+    assert bootstrap_interval(values, 100) == pytest.approx((values[0, 0], values[0, 0]))
+
+
+@given(arrays.arrays(np.int64, 12, elements=st.integers(0, 23)), st.floats(-3, 3), st.floats(0.1, 3))
+@settings(max_examples=50, deadline=None)
+def test_intervals_of_one_subject_move_stretch_and_turn_with_the_values(wins, shift, scale):
+    values = wins[None] / 23
+    low, high = bootstrap_interval(values, 200)
+    assert values.min() - 1e-9 <= low <= high <= values.max() + 1e-9
+    np.testing.assert_allclose(
+        bootstrap_interval(scale * values + shift, 200), [scale * low + shift, scale * high + shift]
+    )
+    np.testing.assert_allclose(bootstrap_interval(-values, 200), [-high, -low])
 
 
 def test_bootstrap_means_equal_a_plain_loop():
@@ -117,6 +175,30 @@ def _coverage(n_subjects: int, n_images: int, subject_sd: float, image_sd: float
 def test_intervals_cover_as_promised():
     assert 0.90 <= _coverage(20, 40, 0.3, 0.5) <= 0.985
     assert 0.90 <= _coverage(1, 60, 0.0, 0.5) <= 0.98
+
+
+def test_bca_covers_skewed_scores_better_than_percentiles():
+    generator = np.random.default_rng(11)
+    values = generator.lognormal(sigma=1.0, size=(2000, 1, 50))
+    truth = np.exp(0.5)
+    means = bootstrap_means(values, 1000)
+    percentiles = np.percentile(means, [2.5, 97.5], axis=0)
+    missed = {}
+    for name, (low, high) in {"bca": bootstrap_interval(values, 1000), "percentile": percentiles}.items():
+        missed[name] = np.array([(high < truth).mean(), (low > truth).mean()])
+    # Both are too short for 50 draws of a lognormal (a mean of 2.5 % is promised on either side); BCa errs less.
+    assert missed["bca"].sum() < missed["percentile"].sum() - 0.01
+    assert missed["bca"].max() < missed["percentile"].max() - 0.01
+    assert 0.88 < 1 - missed["bca"].sum() < 0.96
+
+
+@pytest.mark.parametrize("n_images", [24, 1000])
+def test_bca_covers_two_way_scores_as_promised(n_images):
+    generator = np.random.default_rng(12)
+    values = generator.beta(9.5, 0.5, size=(1000, 1, n_images))  # 95 % on average, piled up at 1
+    low, high = bootstrap_interval(values, 1000)
+    covered = ((low <= 0.95) & (0.95 <= high)).mean()
+    assert (0.90 if n_images == 24 else 0.93) <= covered <= 0.97
 
 
 def test_few_subjects_that_differ_much_are_covered_too_seldom_as_documented():
