@@ -20,9 +20,14 @@ from typing import Any, Literal
 from metrics.cards import CARDS
 
 Ties = Literal["strict", "half"]
+Direction = Literal["recon-to-truth", "truth-to-recon"]
+Measure = Literal["identification", "retrieval", "distance", "perceptual"]
+Ids = Literal["shared-1000", "shared-982", "any"]
 
 # Wording may be mended without making old rows incomparable, so it stays out of the hash.
 _WORDING: dict[str, Any] = {"wording": True}
+# A field that came later leaves the record where it holds its default, so that hashes from before it stay.
+_LATER: dict[str, Any] = {"later": True}
 
 
 @dataclass(frozen=True)
@@ -30,26 +35,37 @@ class Resize:
     """Resample to ``size`` x ``size`` pixels; images that have this size already are left as they are.
 
     ``antialias`` is explicit because its default in torchvision changed from off to on at 0.17, which moves a reduction
-    from 512 to 256 pixels by up to 0.1 a pixel.
+    from 512 to 256 pixels by up to 0.1 a pixel. ``engine`` "tensor" interpolates float images
+    (``torch.nn.functional.interpolate(..., align_corners=False, antialias=antialias)``); "pil" lets PIL resize 8-bit
+    images, which always filters before it reduces and rounds every value to a whole one.
     """
 
     size: int
-    filter: Literal["bilinear"]
+    filter: Literal["bilinear", "bicubic"]
     antialias: bool
+    engine: Literal["tensor", "pil"] = field(default="tensor", metadata=_LATER)
+
+    def __post_init__(self) -> None:
+        if self.engine == "pil" and not self.antialias:
+            raise ValueError("PIL always antialiases: a Resize with engine 'pil' needs antialias=True")
 
     def __str__(self) -> str:
-        return f"{self.size} px {self.filter}, antialias {'on' if self.antialias else 'off'}"
+        how = "PIL, 8 bit" if self.engine == "pil" else f"antialias {'on' if self.antialias else 'off'}"
+        return f"{self.size} px {self.filter}, {how}"
 
 
 @dataclass(frozen=True)
 class Ssim:
     """Structural similarity with a Gaussian window, biased covariance, and the mean over the interior.
 
-    ``flavour`` "2d" filters over rows and columns. The grey image is ``grey`` . RGB, taken after resizing.
+    ``flavour`` "2d" filters over rows and columns. "columns" is what scikit-image up to 0.19.3 makes of a grey image
+    with ``multichannel=True``: each column is taken for a channel, so it filters along the column only and the score is
+    the mean over the columns' 1-D similarities (a colour image has its three channels there, so it stays 2-D). The grey
+    image is ``grey`` . RGB, taken after resizing.
     """
 
     resize: Resize | None
-    flavour: Literal["2d"] = "2d"
+    flavour: Literal["2d", "columns"] = "2d"
     sigma: float = 1.5
     truncate: float = 3.5
     data_range: float = 1.0
@@ -83,7 +99,7 @@ class Slot:
     "flatten", "mean" over places, or "maps" (kept as they are).
     """
 
-    measure: Literal["identification", "retrieval", "distance", "perceptual"]
+    measure: Measure
     network: str
     layers: tuple[str, ...]
     resize: Resize | None
@@ -96,13 +112,13 @@ class Slot:
 class Identification:
     """How comparisons are counted.
 
-    Direction "recon-to-truth": reconstruction j wins against truth i where r[i, j] < r[j, j]. ``ties`` "strict" makes a
-    tie a loss, as the published code does; "half" counts it half, so that a reconstruction that tells nothing scores
-    chance.
+    Direction "recon-to-truth": reconstruction j wins against truth i where r[i, j] < r[j, j]; "truth-to-recon": truth i
+    wins against reconstruction j where r[i, j] < r[i, i]. ``ties`` "strict" makes a tie a loss, as the published code
+    does; "half" counts it half, so that a reconstruction that tells nothing scores chance.
     """
 
     ties: Ties
-    direction: Literal["recon-to-truth"] = "recon-to-truth"
+    direction: Direction = "recon-to-truth"
     similarity: Literal["pearson"] = "pearson"
 
 
@@ -111,7 +127,8 @@ class Retrieval:
     """Among what a reconstruction must find its own image.
 
     ``pool`` "test-set": all truths. "distractors": the truth and ``n`` - 1 images drawn from a separate pool; the score
-    is the exact expectation over that draw.
+    is the exact expectation over that draw. Who has no such pool gets the score among the test set instead, which says
+    so and has another hash.
     """
 
     pool: Literal["test-set", "distractors"]
@@ -125,8 +142,17 @@ class Protocol:
 
     Images pass ``truth`` or ``recon``, then ``common``; a reconstruction is then mixed with its low-level version where
     ``blend`` (its own share) is given; then each metric resizes for itself. None means "leave the size as it is".
-    ``constant`` says what the correlation of an image or feature vector without variance counts as: "zero", or "nan" as
-    in the published code, which makes the mean NaN.
+
+    Attributes:
+        truth: brings truths of any other size to the one that they had in this evaluation.
+        recon: likewise for reconstructions, where the evaluation begins with such a step.
+        common: the step that both sides take.
+        blend: the share of the reconstruction; the rest is the low-level one.
+        constant: what the correlation of an image or feature vector without variance counts as: "nan" as in the
+            published code, which makes the mean NaN, or "zero".
+        images, n_images, ids: which images were scored in print, how many, and which of NSD's shared images they are.
+        recon_size: the size that the reconstructions had in print; other sizes are scored, and noted.
+        extra: metrics that the paper did not report, computed with its preparation all the same.
     """
 
     name: str
@@ -146,6 +172,9 @@ class Protocol:
     slots: Mapping[str, Slot]
     images: str = field(metadata=_WORDING)
     n_images: int | None
+    ids: Ids = field(default="any", metadata=_WORDING)
+    recon_size: int | None = field(default=None, metadata=_WORDING)
+    extra: tuple[str, ...] = field(default=(), metadata=_WORDING)
 
     def describe(self, key: str) -> str:
         """Return the sentence that a table shows under ``key``: which network and layer fill it, or which pixels."""
@@ -154,9 +183,10 @@ class Protocol:
         resize = self.pixcorr if key == "PixCorr" else self.ssim.resize
         size = resize or self.common or self.recon or self.truth
         at = f"at {size.size} px" if size else "at the images' own size"
+        columns = ", each column by itself" if self.ssim.flavour == "columns" else ""
         return {
             "PixCorr": f"Pearson over all RGB values {at}",
-            "SSIM": f"grey, {at}",
+            "SSIM": f"grey, {at}{columns}",
             "SSIM-color": f"mean of the three channels, {at}",
         }[key]
 
@@ -224,7 +254,9 @@ def protocol_hash(
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {
-            f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not f.metadata.get("wording")
+            f.name: _plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not f.metadata.get("wording") and not (f.metadata.get("later") and getattr(value, f.name) == f.default)
         }
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
@@ -233,8 +265,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _plain_bilinear(size: int) -> Resize:
+def _off(size: int) -> Resize:
+    """Return tensor bilinear without antialiasing: what torchvision did to tensors up to 0.16."""
     return Resize(size, "bilinear", antialias=False)
+
+
+def _on(size: int) -> Resize:
+    return Resize(size, "bilinear", antialias=True)
+
+
+def _pil(size: int, filter: Literal["bilinear", "bicubic"]) -> Resize:
+    return Resize(size, filter, antialias=True, engine="pil")
 
 
 _LPIPS_ALEX = Heads(
@@ -243,6 +284,103 @@ _LPIPS_ALEX = Heads(
     sha256="df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
 )
 
+# CLIP last: it costs four fifths of a whole evaluation, and everything else is known by then.
+_NETWORKS = {
+    "alexnet": Network(weights="torchvision IMAGENET1K_V1", title="AlexNet"),
+    "efficientnet_b1": Network(weights="torchvision IMAGENET1K_V2", title="EfficientNet-B1"),
+    "efficientnet_b1_v1": Network(weights="torchvision IMAGENET1K_V1", title="EfficientNet-B1"),
+    "swav_resnet50": Network(weights="facebookresearch/swav resnet50, 800 epochs", title="SwAV ResNet-50"),
+    "inception_v3": Network(weights="torchvision IMAGENET1K_V1", title="Inception-v3"),
+    "clip_vit_l14": Network(weights="OpenAI ViT-L/14", title="CLIP ViT-L/14"),
+}
+
+
+def _slots(
+    *,
+    alexnet: Resize,
+    inception: Resize,
+    clip: Resize,
+    efficientnet: Resize,
+    swav: Resize,
+    lpips: Resize,
+    top1: str,
+    efficientnet_weights: Literal["V1", "V2"] = "V2",
+) -> dict[str, Slot]:
+    """Return the eight slots that the published networks fill, from the size at which each network gets its images."""
+    relus = tuple(f"features.{k}" for k in (1, 4, 7, 9, 11))
+    efficientnet_name = "efficientnet_b1" if efficientnet_weights == "V2" else "efficientnet_b1_v1"
+
+    def slot(measure: Measure, network: str, layer: str, resize: Resize, what: str) -> Slot:
+        at = f"at {resize.size} px{' (bicubic)' if resize.filter == 'bicubic' else ''}"
+        return Slot(measure, network, (layer,), resize, "flatten", what.format(at=at))
+
+    embedding = "CLIP ViT-L/14, image embedding, {at}"
+    return {
+        "Alex(2)": slot("identification", "alexnet", "features.4", alexnet, "AlexNet, ReLU 2, {at}"),
+        "Alex(5)": slot("identification", "alexnet", "features.11", alexnet, "AlexNet, ReLU 5, {at}"),
+        "Incep": slot("identification", "inception_v3", "avgpool", inception, "Inception-v3, average pool, {at}"),
+        "CLIP": slot("identification", "clip_vit_l14", "embedding", clip, embedding),
+        "Eff": slot(
+            "distance",
+            efficientnet_name,
+            "avgpool",
+            efficientnet,
+            f"EfficientNet-B1 ({efficientnet_weights} weights), average pool, {{at}}",
+        ),
+        "SwAV": slot("distance", "swav_resnet50", "avgpool", swav, "SwAV ResNet-50, average pool, {at}"),
+        "CLIP-1000": slot("retrieval", "clip_vit_l14", "embedding", clip, f"{embedding}; {top1}"),
+        "LPIPS": Slot(
+            "perceptual",
+            "alexnet",
+            relus,
+            lpips,
+            "maps",
+            f"LPIPS v0.1, AlexNet, at {lpips.size} px",
+            heads=_LPIPS_ALEX,
+        ),
+    }
+
+
+def _networks(slots: Mapping[str, Slot]) -> dict[str, Network]:
+    used = {slot.network for slot in slots.values()}
+    return {name: network for name, network in _NETWORKS.items() if name in used}
+
+
+_MINDEYE_SLOTS = _slots(
+    alexnet=_off(256),
+    inception=_off(342),
+    clip=_off(224),
+    efficientnet=_off(255),
+    swav=_off(224),
+    lpips=_off(256),
+    top1="top-1 among the test images",
+)
+_BRAIN_IT_SLOTS = _slots(
+    alexnet=_off(256),
+    inception=_off(342),
+    clip=_off(224),
+    efficientnet=_off(255),
+    swav=_off(224),
+    lpips=_off(425),
+    top1="top-1 of 1000",
+)
+_BRAIN_DIFFUSER_SLOTS = _slots(
+    **dict.fromkeys(("alexnet", "inception", "clip", "efficientnet", "swav", "lpips"), _pil(224, "bilinear")),
+    efficientnet_weights="V1",
+    top1="top-1 among the test images",
+)
+_NEUROPICTOR_SLOTS = _slots(
+    alexnet=_off(256),
+    inception=_off(342),
+    clip=Resize(224, "bicubic", antialias=False),
+    efficientnet=_off(255),
+    swav=_off(224),
+    lpips=_off(256),
+    top1="top-1 among the test images",
+)
+_AMONG_TEST_SET = Retrieval(pool="test-set", n=None, sentence="top-1 among the test images")
+_BRAIN_IT_ONLY = ("CLIP-1000", "LPIPS", "SSIM-color")
+
 BRAIN_IT = Protocol(
     name="brain-it",
     track="paper",
@@ -250,84 +388,120 @@ BRAIN_IT = Protocol(
     source="official Brain-IT code, utils/metric_functions.py (torchvision 0.16: no antialiasing of tensors)",
     truth=None,
     recon=None,
-    common=_plain_bilinear(224),
+    common=_off(224),
     blend=None,
-    pixcorr=_plain_bilinear(425),
-    ssim=Ssim(resize=_plain_bilinear(425)),
+    pixcorr=_off(425),
+    ssim=Ssim(resize=_off(425)),
     identification=Identification(ties="strict"),
     retrieval=Retrieval(
         pool="distractors",
         n=1000,
         sentence="top-1 of 1000: the seen image and 999 of the NSD images that are not among the shared 1000",
     ),
-    constant="zero",
-    # CLIP last: it costs four fifths of the whole evaluation, and everything else is known by then.
-    networks={
-        "alexnet": Network(weights="torchvision IMAGENET1K_V1", title="AlexNet"),
-        "efficientnet_b1": Network(weights="torchvision IMAGENET1K_V2", title="EfficientNet-B1"),
-        "swav_resnet50": Network(weights="facebookresearch/swav resnet50, 800 epochs", title="SwAV ResNet-50"),
-        "inception_v3": Network(weights="torchvision IMAGENET1K_V1", title="Inception-v3"),
-        "clip_vit_l14": Network(weights="OpenAI ViT-L/14", title="CLIP ViT-L/14"),
-    },
-    slots={
-        "Alex(2)": Slot(
-            "identification", "alexnet", ("features.4",), _plain_bilinear(256), "flatten", "AlexNet, ReLU 2, at 256 px"
-        ),
-        "Alex(5)": Slot(
-            "identification", "alexnet", ("features.11",), _plain_bilinear(256), "flatten", "AlexNet, ReLU 5, at 256 px"
-        ),
-        "Incep": Slot(
-            "identification",
-            "inception_v3",
-            ("avgpool",),
-            _plain_bilinear(342),
-            "flatten",
-            "Inception-v3, average pool, at 342 px",
-        ),
-        "CLIP": Slot(
-            "identification",
-            "clip_vit_l14",
-            ("embedding",),
-            _plain_bilinear(224),
-            "flatten",
-            "CLIP ViT-L/14, image embedding, at 224 px",
-        ),
-        "Eff": Slot(
-            "distance",
-            "efficientnet_b1",
-            ("avgpool",),
-            _plain_bilinear(255),
-            "flatten",
-            "EfficientNet-B1, average pool, at 255 px",
-        ),
-        "SwAV": Slot(
-            "distance",
-            "swav_resnet50",
-            ("avgpool",),
-            _plain_bilinear(224),
-            "flatten",
-            "SwAV ResNet-50, average pool, at 224 px",
-        ),
-        "CLIP-1000": Slot(
-            "retrieval",
-            "clip_vit_l14",
-            ("embedding",),
-            _plain_bilinear(224),
-            "flatten",
-            "CLIP ViT-L/14, image embedding, at 224 px; top-1 of 1000",
-        ),
-        "LPIPS": Slot(
-            "perceptual",
-            "alexnet",
-            ("features.1", "features.4", "features.7", "features.9", "features.11"),
-            _plain_bilinear(425),
-            "maps",
-            "LPIPS v0.1, AlexNet, at 425 px",
-            heads=_LPIPS_ALEX,
-        ),
-    },
+    constant="nan",
+    networks=_networks(_BRAIN_IT_SLOTS),
+    slots=_BRAIN_IT_SLOTS,
     images="the 1000 NSD images that all subjects saw",
     n_images=1000,
+    ids="shared-1000",
+    recon_size=224,
+)
+
+MINDEYE2 = Protocol(
+    name="mindeye2",
+    track="paper",
+    title="MindEye2, refined reconstructions blended 3:1 with the blurry ones",
+    source="MedARC-AI/MindEyeV2 at c184718, src/final_evaluations.ipynb (torchvision 0.16: no antialiasing of tensors;"
+    " its paper says 4:1, its code 3:1). Inferred: how a truth of another size comes to the 224 px of its image file,"
+    " whose float16 rounding is not imitated",
+    truth=_on(224),
+    recon=None,
+    common=_off(256),
+    blend=0.75,
+    pixcorr=_off(425),
+    ssim=Ssim(resize=_off(425)),
+    identification=Identification(ties="strict"),
+    retrieval=_AMONG_TEST_SET,
+    constant="nan",
+    networks=_networks(_MINDEYE_SLOTS),
+    slots=_MINDEYE_SLOTS,
+    images="the 1000 NSD images that all subjects saw",
+    n_images=1000,
+    ids="shared-1000",
+    recon_size=768,
+    extra=_BRAIN_IT_ONLY,
+)
+
+MINDEYE2_UNBLENDED = dataclasses.replace(
+    MINDEYE2,
+    name="mindeye2-unblended",
+    title="MindEye2's steps without the blend: what its code does with reconstructions not called 'enhanced'",
+    blend=None,
+)
+
+MINDEYE1 = dataclasses.replace(
+    MINDEYE2,
+    name="mindeye1",
+    title="MindEye",
+    source="MedARC-AI/fMRI-reconstruction-NSD at 6b30ea5, src/Reconstruction_Metrics.py (torchvision 0.15: no"
+    " antialiasing of tensors). Inferred: how a truth of another size comes to the 256 px of its test images",
+    truth=_on(256),
+    blend=None,
+    images="the 982 of the shared NSD images whose presentations had been released",
+    n_images=982,
+    ids="shared-982",
+    recon_size=512,
+)
+
+NEUROPICTOR = dataclasses.replace(
+    MINDEYE1,
+    name="neuropictor",
+    title="NeuroPictor: MindEye's steps on 512 px files, CLIP by bicubic",
+    source="jingyanghuo/neuropictor at 5e1584a, eval_metrics.py, dataset/dataset.py (truths to 512 px by PIL), env.yaml"
+    " (torchvision 0.16: no antialiasing of tensors). Its writer truncates to 8 bit, which is not imitated",
+    truth=_pil(512, "bilinear"),
+    networks=_networks(_NEUROPICTOR_SLOTS),
+    slots=_NEUROPICTOR_SLOTS,
+)
+
+MINDBRIDGE = dataclasses.replace(
+    MINDEYE1,
+    name="mindbridge",
+    title="MindBridge: MindEye's steps without the one to 256 px",
+    source="littlepure2333/MindBridge at 2a3943f, src/eval.py, requirements.txt (torchvision 0.15: no antialiasing of"
+    " tensors). Inferred: how a truth of another size comes to 256 px; SSIM as from scikit-image 0.20 on",
+    common=None,
+)
+
+BRAIN_DIFFUSER = Protocol(
+    name="brain-diffuser",
+    track="paper",
+    title="Brain-Diffuser, SSIM by a scikit-image from 0.20 on",
+    source="ozcelikfu/brain-diffuser at 31d52c0, scripts/eval_extract_features.py and evaluate_reconstruction.py: 8-bit"
+    " PNG throughout, PIL resizing. Inferred: how a truth of another size comes to NSD's own 425 px",
+    truth=_pil(425, "bicubic"),
+    recon=None,
+    common=None,
+    blend=None,
+    pixcorr=_pil(425, "bicubic"),
+    ssim=Ssim(resize=_pil(425, "bicubic")),
+    identification=Identification(ties="strict"),
+    retrieval=_AMONG_TEST_SET,
+    constant="nan",
+    networks=_networks(_BRAIN_DIFFUSER_SLOTS),
+    slots=_BRAIN_DIFFUSER_SLOTS,
+    images="the 982 of the shared NSD images whose presentations had been released",
+    n_images=982,
+    ids="shared-982",
+    recon_size=512,
+    extra=_BRAIN_IT_ONLY,
+)
+
+BRAIN_DIFFUSER_SKIMAGE017 = dataclasses.replace(
+    BRAIN_DIFFUSER,
+    name="brain-diffuser-skimage017",
+    title="Brain-Diffuser, SSIM by the scikit-image 0.17.2 that its environment.yml pins",
+    ssim=Ssim(resize=_pil(425, "bicubic"), flavour="columns"),
 )
 
 DEMO = Protocol(
@@ -338,7 +512,7 @@ DEMO = Protocol(
     " ties count half; no other evaluation uses it",
     truth=None,
     recon=None,
-    common=Resize(64, "bilinear", antialias=True),
+    common=_on(64),
     blend=None,
     pixcorr=None,
     ssim=Ssim(resize=None),
@@ -354,7 +528,7 @@ DEMO = Protocol(
             "identification",
             "augnet",
             ("layer1",),
-            _plain_bilinear(128),
+            _off(128),
             "flatten",
             "stand-in ResNet-50 (AugNet), first stage",
         ),
@@ -362,7 +536,7 @@ DEMO = Protocol(
             "identification",
             "augnet",
             ("layer3",),
-            _plain_bilinear(128),
+            _off(128),
             "flatten",
             "stand-in ResNet-50 (AugNet), third stage",
         ),
@@ -370,7 +544,7 @@ DEMO = Protocol(
             "identification",
             "lite2",
             ("block6",),
-            _plain_bilinear(128),
+            _off(128),
             "flatten",
             "stand-in EfficientNet-Lite2, last feature map",
         ),
@@ -378,7 +552,7 @@ DEMO = Protocol(
             "identification",
             "lite2",
             ("pooled",),
-            _plain_bilinear(128),
+            _off(128),
             "flatten",
             "stand-in EfficientNet-Lite2, pooled",
         ),
@@ -386,7 +560,7 @@ DEMO = Protocol(
             "distance",
             "lite2",
             ("block5",),
-            _plain_bilinear(128),
+            _off(128),
             "mean",
             "stand-in EfficientNet-Lite2, fifth block averaged over places",
         ),
@@ -394,7 +568,7 @@ DEMO = Protocol(
             "distance",
             "augnet",
             ("avgpool",),
-            _plain_bilinear(128),
+            _off(128),
             "flatten",
             "stand-in ResNet-50 (AugNet), average pool",
         ),
@@ -402,7 +576,7 @@ DEMO = Protocol(
             "retrieval",
             "lite2",
             ("pooled",),
-            _plain_bilinear(128),
+            _off(128),
             "flatten",
             "stand-in EfficientNet-Lite2, pooled; top-1 among the test images",
         ),
@@ -410,7 +584,7 @@ DEMO = Protocol(
             "perceptual",
             "lite2",
             ("block1", "block3", "block5"),
-            _plain_bilinear(128),
+            _off(128),
             "maps",
             "not LPIPS: unweighted distance of unit-normalised maps, stand-in EfficientNet-Lite2, blocks 1, 3 and 5",
         ),
@@ -419,5 +593,18 @@ DEMO = Protocol(
     n_images=None,
 )
 
-PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (BRAIN_IT, DEMO)}
-"""Every protocol by name."""
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        BRAIN_IT,
+        MINDEYE2,
+        MINDEYE2_UNBLENDED,
+        MINDEYE1,
+        BRAIN_DIFFUSER,
+        BRAIN_DIFFUSER_SKIMAGE017,
+        NEUROPICTOR,
+        MINDBRIDGE,
+        DEMO,
+    )
+}
+"""Every protocol by name; the first is the default."""
