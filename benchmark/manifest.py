@@ -47,13 +47,20 @@ def make_manifest(stage: Stage, command: str = "") -> dict[str, Any]:
     """Describe what a stage is computed with, as JSON-able data; ``command`` is this process's own by default."""
     return {
         "fingerprint": stage.fingerprint,
+        **surroundings(command),
+        "seeds": _seeds(stage.config),
+        "digests": dict(stage.digests),
+        "upstream": {role: upstream.fingerprint for role, upstream in stage.upstream.items()},
+    }
+
+
+def surroundings(command: str = "") -> dict[str, Any]:
+    """Describe code, packages, machine and command of this process, as JSON-able data."""
+    return {
         "git": git_state(),
         "python": platform.python_version(),
         "packages": _package_versions(),
         "hardware": _hardware(),
-        "seeds": _seeds(stage.config),
-        "digests": dict(stage.digests),
-        "upstream": {role: upstream.fingerprint for role, upstream in stage.upstream.items()},
         "command": command or shlex.join(sys.argv),
     }
 

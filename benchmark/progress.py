@@ -53,9 +53,12 @@ class Progress:
         """Whether bars can be drawn."""
         return self.stream.isatty() and os.environ.get("TERM") != "dumb"
 
-    def bar(self, title: str, total: int | None = None, start: int = 0) -> Bar:
-        """Return a bar to use in a ``with`` block; ``start`` is what a resumed run has done already."""
-        return Bar(self, title, total, start)
+    def bar(self, title: str, total: int | None = None, start: int = 0, share: bool = False) -> Bar:
+        """Return a bar to use in a ``with`` block; ``start`` is what a resumed run has done already.
+
+        ``share`` shows percent and the time left instead of a count, for steps that mean nothing to a reader.
+        """
+        return Bar(self, title, total, start, share)
 
     def message(self, text: str) -> None:
         """Print one line, above the bars where there are any."""
@@ -103,10 +106,12 @@ class Progress:
 class Bar:
     """One task's progress; made by :meth:`Progress.bar`."""
 
-    def __init__(self, progress: Progress, title: str, total: int | None, start: int) -> None:
+    def __init__(self, progress: Progress, title: str, total: int | None, start: int, share: bool) -> None:
         self.title = " ".join(part for part in (progress.prefix, title) if part)
         self.total = total
         self.done = start
+        self._start = start
+        self._share = share
         self._text = ""
         self._progress = progress
         self._display: rich.progress.Progress | None = None
@@ -154,7 +159,15 @@ class Bar:
 
     def _count(self) -> str:
         count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
+        if self._share and self.total:
+            count = f"{100 * self.done // self.total} %{self._left()}"
         return f"{count} {self._text}".rstrip()
+
+    def _left(self) -> str:
+        if self.total is None or not self._start < self.done < self.total:
+            return ""
+        each = (self._progress._clock() - self._started) / (self.done - self._start)
+        return f", about {clock_time(each * (self.total - self.done))} left"
 
 
 def clock_time(seconds: float) -> str:

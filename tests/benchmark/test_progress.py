@@ -107,3 +107,16 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (41.9, "0:41"), (3599, "59:59"), (3723, "1:02:03")])
 def test_clock_time(seconds: float, text: str) -> None:
     assert clock_time(seconds) == text
+
+
+def test_shares_show_percent_and_the_time_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(stream=stream, clock=clock).bar("scoring", total=1000, share=True) as bar:
+        clock.time += 30
+        bar.advance(250, "CLIP 8/32")
+        clock.time += 90
+        bar.advance(750, "CLIP 32/32")
+    assert stream.getvalue().splitlines() == [
+        "scoring  25 %, about 1:30 left CLIP 8/32  0:30",
+        "scoring  100 % CLIP 32/32  2:00",
+    ]
