@@ -2,8 +2,11 @@
 
 The published code forms ``np.corrcoef(truth, recon)``, a (2N, 2N) float64 matrix, and keeps a quarter of it. Here only
 that quarter is computed, with float32 products. Comparisons that float32 could get wrong (a correlation within 1e-5 of
-the reconstruction's own) are redone in float64 by one routine that gives equal rows bitwise equal values, so ranks and
-ties are those of float64 and do not depend on N or the order of the images.
+the own one) are redone in float64 by one routine that gives equal rows bitwise equal values, so ranks and ties are
+those of float64 and do not depend on N or the order of the images.
+
+Unless told otherwise each reconstruction is tried against all truths ("recon-to-truth"), as the published code has it;
+"truth-to-recon" tries each truth against all reconstructions.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from math import comb
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from metrics.protocols import Ties
+from metrics.protocols import Direction, Ties
 
 Floats = NDArray[np.float64]
 
@@ -37,8 +40,7 @@ def pairwise_correlation(truth: ArrayLike, recon: ArrayLike) -> Floats:
     Returns:
         (N,) in [-1, 1].
     """
-    truth, recon = _two_sets(truth, recon)
-    return np.array([_correlation(t, r) for t, r in zip(truth, recon, strict=True)], dtype=np.float64)
+    return _paired(*_two_sets(truth, recon))
 
 
 def correlation_distance(truth: ArrayLike, recon: ArrayLike) -> Floats:
@@ -49,14 +51,15 @@ def correlation_distance(truth: ArrayLike, recon: ArrayLike) -> Floats:
     return 1.0 - pairwise_correlation(truth, recon)
 
 
-def correlation_matrix(truth: ArrayLike, recon: ArrayLike) -> Floats:
+def correlation_matrix(truth: ArrayLike, recon: ArrayLike, direction: Direction = "recon-to-truth") -> Floats:
     """Return r[i, j] = Pearson(truth i, reconstruction j): the cross block of ``np.corrcoef(truth, recon)``.
 
-    The diagonal and every value within 1e-5 of its column's diagonal are float64-exact, the others accurate to about
-    1e-6. Rows and columns of constant features are NaN.
+    The diagonal and every value within 1e-5 of its column's diagonal (of its row's, for "truth-to-recon") are
+    float64-exact, the others accurate to about 1e-6. Rows and columns of constant features are NaN.
 
     Args:
         truth, recon: (N, F), row k of both belonging to image k.
+        direction: along which comparisons must be exact.
 
     Returns:
         (N, N) float64.
@@ -65,18 +68,21 @@ def correlation_matrix(truth: ArrayLike, recon: ArrayLike) -> Floats:
         ValueError: the two differ in shape, or hold a value that is not finite.
     """
     truth, recon = _two_sets(truth, recon)
-    own = pairwise_correlation(truth, recon)
-    r = _cross_correlation(truth, recon, own, paired=True)
+    own = _paired(truth, recon)
+    if direction == "recon-to-truth":
+        r = _cross_correlation(truth, recon, own, paired=True)
+    else:
+        r = _cross_correlation(recon, truth, own, paired=True).T
     np.fill_diagonal(r, own)
     return r
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """How each reconstruction's own truth fared against the others.
+    """How each reconstruction's own truth fared against the others (or each truth's own reconstruction).
 
-    ``lower``, ``equal``, ``undefined``: (N,) counts of other truths that correlate less, exactly as much, or in no
-    defined way (a constant feature vector on either side); they add up to ``others``, or less.
+    ``lower``, ``equal``, ``undefined``: (N,) counts of others that correlate less, exactly as much, or in no defined
+    way (a constant feature vector on either side); they add up to ``others``, or less.
     """
 
     lower: NDArray[np.int64]
@@ -91,8 +97,10 @@ class Comparisons:
         return self.lower, self.equal + self.undefined
 
 
-def compare(r: Floats) -> Comparisons:
+def compare(r: Floats, direction: Direction = "recon-to-truth") -> Comparisons:
     """Count, for every reconstruction j, the truths i != j with r[i, j] below, equal to, or undefined beside r[j, j].
+
+    Direction "truth-to-recon" counts for every truth i the reconstructions j != i beside r[i, i].
 
     Raises:
         ValueError: ``r`` is not a square matrix of at least two images.
@@ -100,6 +108,7 @@ def compare(r: Floats) -> Comparisons:
     r = np.asarray(r, dtype=np.float64)
     if r.ndim != 2 or r.shape[0] != r.shape[1] or len(r) < 2:
         raise ValueError(f"identification needs a square matrix of at least 2 images, not one of shape {r.shape}")
+    r = r if direction == "recon-to-truth" else r.T
     own = np.diagonal(r)
     # The own comparison is never lower than itself, but it is equal to itself (or undefined): take it out again.
     undefined = np.isnan(r) | np.isnan(own)
@@ -111,18 +120,18 @@ def compare(r: Floats) -> Comparisons:
     )
 
 
-def wins(r: Floats, ties: Ties = "strict") -> Floats:
+def wins(r: Floats, ties: Ties = "strict", direction: Direction = "recon-to-truth") -> Floats:
     """Return how many truths i each reconstruction j beats: #{i : r[i, j] < r[j, j]}, plus half the ties if asked."""
-    won, tied = compare(r).won_and_tied(ties)
+    won, tied = compare(r, direction).won_and_tied(ties)
     return won + 0.5 * tied
 
 
-def two_way(r: Floats, ties: Ties = "strict") -> Floats:
+def two_way(r: Floats, ties: Ties = "strict", direction: Direction = "recon-to-truth") -> Floats:
     """Return each reconstruction's two-way identification score, wins / (N - 1), (N,) in [0, 1]."""
-    return wins(r, ties) / (len(r) - 1)
+    return wins(r, ties, direction) / (len(r) - 1)
 
 
-def n_way_top1(r: Floats, n: int, ties: Ties = "strict") -> Floats:
+def n_way_top1(r: Floats, n: int, ties: Ties = "strict", direction: Direction = "recon-to-truth") -> Floats:
     """Return each reconstruction's chance of finding its truth among n - 1 other truths drawn without replacement.
 
     Exact, without drawing: with w wins among N - 1 it is C(w, n-1) / C(N-1, n-1); where ties count half, the truth
@@ -132,16 +141,17 @@ def n_way_top1(r: Floats, n: int, ties: Ties = "strict") -> Floats:
         r: (N, N) from :func:`correlation_matrix`.
         n: 2 .. N.
         ties: "strict" or "half".
+        direction: "truth-to-recon" lets each truth find its reconstruction.
 
     Returns:
         (N,) in [0, 1].
     """
-    return _n_way(compare(r), n, ties)
+    return _n_way(compare(r, direction), n, ties)
 
 
-def top1(r: Floats, ties: Ties = "strict") -> Floats:
+def top1(r: Floats, ties: Ties = "strict", direction: Direction = "recon-to-truth") -> Floats:
     """Return 1 for each reconstruction whose own truth correlates best among all N, else 0; (N,)."""
-    return n_way_top1(r, len(r), ties)
+    return n_way_top1(r, len(r), ties, direction)
 
 
 def pool_n_way_top1(truth: ArrayLike, recon: ArrayLike, pool: ArrayLike, n: int, ties: Ties = "strict") -> Floats:
@@ -164,7 +174,7 @@ def pool_n_way_top1(truth: ArrayLike, recon: ArrayLike, pool: ArrayLike, n: int,
         raise ValueError(
             f"the retrieval pool has {pool.shape[1]} features an image, the reconstructions {recon.shape[1]}"
         )
-    own = pairwise_correlation(truth, recon)
+    own = _paired(truth, recon)
     r = _cross_correlation(pool, recon, own)
     comparisons = Comparisons(
         lower=(r < own).sum(axis=0),
@@ -190,6 +200,10 @@ def _n_way(comparisons: Comparisons, n: int, ties: Ties) -> Floats:
 
     won, tied = comparisons.won_and_tied(ties)
     return np.array([chance(int(w), int(e)) for w, e in zip(won, tied, strict=True)], dtype=np.float64)
+
+
+def _paired(truth: NDArray[np.floating], recon: NDArray[np.floating]) -> Floats:
+    return np.array([_correlation(t, r) for t, r in zip(truth, recon, strict=True)], dtype=np.float64)
 
 
 def _centred(row: NDArray[np.floating]) -> tuple[Floats, float, float]:
@@ -273,11 +287,9 @@ def _rows(x: ArrayLike, name: str) -> NDArray[np.floating]:
         array = array.astype(np.float64)
     if array.ndim != 2:
         raise ValueError(f"{name} features must be (images, features), not of shape {array.shape}")
-    bad = ~np.isfinite(array).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"{name} features of row {int(bad.argmax())} hold a NaN or an infinity; check its image and network"
-        )
+    for k, row in enumerate(array):  # row by row: a mask of all would take a quarter of the features' own size
+        if not np.isfinite(row).all():
+            raise ValueError(f"{name} features of row {k} hold a NaN or an infinity; check its image and network")
     return array
 
 

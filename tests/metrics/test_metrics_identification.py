@@ -195,6 +195,24 @@ def test_identical_images_win_everything_and_a_flat_distractor_changes_no_rank(n
     np.testing.assert_array_equal(wins(correlation_matrix(more, more))[:n], wins(r))
 
 
+@pytest.mark.parametrize("noise", [5.0, 1e-3])
+def test_the_other_direction_lets_each_truth_choose_among_reconstructions(noise: float) -> None:
+    truth, recon = features(n=25, f=2048, noise=noise)
+    if noise < 1:  # features that hardly differ, so that float32 products alone could not rank them
+        truth = (1 + 1e-3 * truth).astype(np.float32)
+        recon = (truth + 1e-3 * np.roll(recon, 1, axis=1)).astype(np.float32)
+    recon[3] = recon[8]  # two truths meet a tie
+    expected = published_two_way(recon, truth)
+    r = correlation_matrix(truth, recon, "truth-to-recon")
+    np.testing.assert_array_equal(two_way(r, direction="truth-to-recon"), expected)
+    np.testing.assert_allclose(r, correlation_matrix(truth, recon), rtol=0, atol=1e-6)
+    assert compare(r, "truth-to-recon").equal[[3, 8]].tolist() == [1, 1]
+    np.testing.assert_array_equal(top1(r, direction="truth-to-recon"), (expected == 1).astype(float))
+    half = wins(r, "half", "truth-to-recon")
+    np.testing.assert_array_equal(half, 24 * expected + 0.5 * np.isin(np.arange(25), [3, 8]))
+    assert not np.array_equal(expected, two_way(correlation_matrix(truth, recon)))
+
+
 def test_bad_input_is_named() -> None:
     truth, recon = features(n=4)
     recon[2, 5] = np.nan
