@@ -1,43 +1,47 @@
 """Score a set of reconstructions under a protocol: every metric from one pass of each network at each size.
 
 A network is handed in as a :class:`Backbone`. All resizing happens here, as the protocol tells; a backbone gets RGB in
-[0, 1] and only takes out its own mean and deviation.
+[0, 1] and only takes out its own mean and deviation. Images are read a batch at a time, so they may lie on a disk.
 """
 
 from __future__ import annotations
 
-import hashlib
+import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 from typing import Protocol as TypingProtocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
+from metrics.cache import Features, TruthCache
 from metrics.cards import KEYS, card
 from metrics.identification import (
     Floats,
     compare,
     correlation_matrix,
+    n_way_top1,
     pairwise_correlation,
     pool_n_way_top1,
     top1,
     two_way,
 )
+from metrics.images import Checked, Images, Reordered, acting, as_tensor, resized
 from metrics.perceptual import lpips_heads, perceptual_distance
 from metrics.pixel import pixcorr, ssim
 from metrics.protocols import Protocol, Resize, Slot
 
-Images = NDArray[np.uint8] | NDArray[np.floating]
 Progress = Callable[[str, int, int], None]
+Id = int | str
+Source = tuple[str, str]  # layer, reduce
+Side = Literal["truth", "recon"]
 
 _PIXEL_KEYS = ("PixCorr", "SSIM", "SSIM-color")
+_SIDES: tuple[Side, Side] = ("truth", "recon")
 
 
 class Backbone(TypingProtocol):
@@ -65,54 +69,43 @@ class Scores:
         per_image: key -> (N,) float64, in the canonical order of keys. Two-way and retrieval are fractions.
         matrices: key -> (N, N) correlations r[truth, reconstruction], for two-way and for retrieval among the test set.
         counts: key -> what the numbers do not show: "constant" (pairs without a defined correlation), "ties" and
-        "undefined"
-            (comparisons), "candidates" (among how many retrieval chose).
-        notes: sentences a reader should see: constant images, ties, a metric left out and why.
+            "undefined" (comparisons), "candidates" (among how many retrieval chose).
+        notes: sentences a reader should see: constant images, ties, other sizes or images than the protocol's.
         digests: backbone name in the protocol -> digest, for those that were used.
+        undefined: key -> (N,) whether a pair has no defined correlation, so that its value is the protocol's choice.
+        constant: "reconstruction" or "truth" -> ids of images that are one flat colour.
+        remarks: the notes that hold for the whole pass, whichever of its images are looked at.
     """
 
     protocol: Protocol
-    image_ids: tuple[int | str, ...]
+    image_ids: tuple[Id, ...]
     per_image: dict[str, Floats]
     matrices: dict[str, Floats]
     counts: dict[str, dict[str, int]]
     notes: tuple[str, ...]
     digests: dict[str, str]
+    undefined: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    constant: dict[str, tuple[Id, ...]] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def means(self) -> dict[str, float]:
         """Mean over the images, by key."""
         return aggregates(self.per_image)
 
+    def n_way(self, key: str, n: int) -> Floats:
+        """Return each image's chance of being identified by ``key`` among ``n`` images drawn from the test set: (N,).
 
-@dataclass
-class TruthCache:
-    """Features of the seen images, kept between calls that score several sets against the same truths.
+        n = 2 is two-way identification, n = N retrieval among all; exact for every n between, without drawing.
 
-    Entries are keyed by the truths' pixels and preparation, the network's digest, the layer and the size, so one cache
-    serves any number of protocols and test sets. What would pass ``max_bytes`` is computed anew each time instead.
-    """
-
-    max_bytes: int = 1 << 30
-    _entries: dict[tuple[Any, ...], NDArray[np.float32]] = field(default_factory=dict, repr=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(entry.nbytes for entry in self._entries.values())
-
-    def get(self, key: tuple[Any, ...]) -> NDArray[np.float32] | None:
-        """Return the features stored under ``key``, or None."""
-        return self._entries.get(key)
-
-    def fits(self, nbytes: int) -> bool:
-        """Return whether ``nbytes`` more may be kept."""
-        return self.nbytes + nbytes <= self.max_bytes
-
-    def put(self, key: tuple[Any, ...], features: NDArray[np.float32]) -> None:
-        """Keep ``features`` if they fit."""
-        if self.fits(features.nbytes):
-            self._entries[key] = features
+        Raises:
+            ValueError: ``key`` identifies nothing among the test images, or ``n`` is not between 2 and N.
+        """
+        if key not in self.matrices:
+            known = f"these do: {', '.join(self.matrices)}" if self.matrices else "no metric here does"
+            raise ValueError(f"'{key}' compares no image with the other test images; {known}")
+        rule = self.protocol.identification
+        return n_way_top1(self.matrices[key], n, rule.ties, rule.direction)
 
 
 def aggregates(per_image: Mapping[str, Floats]) -> dict[str, float]:
@@ -126,12 +119,13 @@ def evaluate(
     truths: Images,
     protocol: Protocol,
     backbones: Mapping[str, Backbone],
-    image_ids: Sequence[int | str],
+    image_ids: Sequence[Id],
     *,
     keys: Collection[str] | None = None,
     blurry: Images | None = None,
     distractors: NDArray[np.floating] | None = None,
     cache: TruthCache | None = None,
+    recon_cache: TruthCache | None = None,
     batch: int = 32,
     device: str = "cpu",
     threads: int | None = None,
@@ -140,18 +134,19 @@ def evaluate(
     """Score reconstructions against the images that were seen.
 
     Args:
-        recons: (N, H, W, 3), uint8 or float in [0, 1].
+        recons: (N, H, W, 3), uint8 or float in [0, 1]: an array, or what reads one when it is sliced.
         truths: (N, H', W', 3) likewise; row k is what reconstruction k should show.
         protocol: how to score.
-        backbones: the protocol's network names -> networks; those that ``keys`` do not need may be missing.
+        backbones: the protocol's network names -> networks; those that ``keys`` do not need may be missing. Each is
+            asked for once and in the protocol's order, so a mapping may load them on demand.
         image_ids: N ids, none twice; they name images in messages and results.
         keys: the metrics to compute; all of the protocol's by default.
-        blurry: (N, H, W, 3) low-level reconstructions, where the protocol blends them in.
+        blurry: (N, H'', W'', 3) low-level reconstructions, where the protocol blends them in.
         distractors: (M, F) features of the retrieval pool from :func:`slot_features`, where the protocol has a pool
-        apart
-            from the test set. Without them "CLIP-1000" is left out and a note says so.
+            apart from the test set. Without them "CLIP-1000" is retrieval among the test set, and a note says so.
         cache: features of the truths to read and to fill.
-        batch: images a forward pass; changes memory and speed only.
+        recon_cache: likewise for the reconstructions, where they will be looked at again (:mod:`metrics.calibration`).
+        batch: images a forward pass; changes memory and speed only. Halved where memory runs out.
         device: where images are resized and handed to the networks.
         threads: threads for the pixel metrics; as many as torch uses by default.
         progress: called as (what, done, total) after each batch.
@@ -161,11 +156,12 @@ def evaluate(
 
     Raises:
         ValueError: an image, id, key or network is missing or malformed; the message names it.
+        MemoryError: not even one image at a time fits into memory.
     """
     ids = _check_ids(image_ids)
     wanted = _check_keys(keys)
-    _check_images(recons, ids, "reconstruction")
-    _check_images(truths, ids, "truth")
+    slots = {key: slot for key, slot in protocol.slots.items() if key in wanted}
+    _check_networks(slots, protocol, backbones)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
     if (protocol.blend is None) != (blurry is None):
@@ -175,98 +171,74 @@ def evaluate(
             else "blends nothing: leave out blurry="
         )
         raise ValueError(f"protocol '{protocol.name}' {told}")
-    if blurry is not None:
-        _check_images(blurry, ids, "low-level reconstruction")
-    if len(ids) < 2 and any(
-        s.measure in ("identification", "retrieval") for k, s in protocol.slots.items() if k in wanted
-    ):
+    if len(ids) < 2 and any(slot.measure in ("identification", "retrieval") for slot in slots.values()):
         raise ValueError("identification compares images with each other: score at least 2")
-    notes: list[str] = []
-    if protocol.n_images is not None and len(ids) != protocol.n_images:
-        notes.append(
-            f"protocol '{protocol.name}' scores {protocol.n_images} images ({protocol.images}); these are {len(ids)}"
+    pool = distractors if protocol.retrieval.pool == "distractors" else None
+    if pool is not None and protocol.retrieval.n is not None and len(pool) < protocol.retrieval.n - 1:
+        raise ValueError(
+            f"there are {len(pool)} distractors; protocol '{protocol.name}' draws {protocol.retrieval.n - 1} of them"
         )
-    for name, images in (("reconstruction", recons), ("truth", truths)):
-        constant = [i for i, image in zip(ids, images, strict=True) if image.min() == image.max()]
-        if constant:
-            notes.append(f"{len(constant)} constant {name}{'s' * (len(constant) > 1)}: {_listed(constant)}")
+    run = _Run(
+        protocol=protocol,
+        ids=ids,
+        recons=Checked(recons, ids, "reconstruction"),
+        truths=Checked(truths, ids, "truth"),
+        blurry=None if blurry is None else Checked(blurry, ids, "low-level reconstruction"),
+        batch=batch,
+        device=device,
+        progress=progress or (lambda what, done, total: None),
+    )
+    found = _Found()
+    if pixel_keys := [key for key in _PIXEL_KEYS if key in wanted]:
+        found.values.update(run.pixel_metrics(pixel_keys, threads or torch.get_num_threads()))
+    if "PixCorr" in wanted:
+        found.values["PixCorr"] = found.settled("PixCorr", found.values["PixCorr"], protocol)
 
-    run = _Run(protocol, ids, recons, truths, blurry, batch, device, progress or (lambda what, done, total: None))
-    result: dict[str, Floats] = {}
-    counts: dict[str, dict[str, int]] = {}
-    matrices: dict[str, Floats] = {}
-
-    pixel_keys = [key for key in _PIXEL_KEYS if key in wanted]
-    if pixel_keys:
-        result.update(run.pixel_metrics(pixel_keys, threads or torch.get_num_threads()))
-    if "PixCorr" in result:
-        result["PixCorr"], counts["PixCorr"] = _settle(result["PixCorr"], protocol)
-
-    slots = {key: slot for key, slot in protocol.slots.items() if key in wanted}
-    ties = protocol.identification.ties
-    pooled = protocol.retrieval.pool == "distractors"
-    if pooled and distractors is None:
-        for key in [key for key, slot in slots.items() if slot.measure == "retrieval"]:
-            del slots[key]
-            notes.append(
-                f"{key} left out: protocol '{protocol.name}' retrieves from a pool apart from the test set"
-                f" ({protocol.retrieval.sentence}); pass its features as distractors="
-            )
+    digests = {}
     for network in protocol.networks:
         own = {key: slot for key, slot in slots.items() if slot.network == network}
-        if own and network not in backbones:
-            raise ValueError(
-                f"protocol '{protocol.name}' needs the network '{network}' for {', '.join(own)};"
-                f" given: {', '.join(backbones) or 'none'}"
-            )
+        if not own:
+            continue
+        backbone = backbones[network]
+        digests[network] = backbone.digest
         for resize in dict.fromkeys(slot.resize for slot in own.values()):
             group = {key: slot for key, slot in own.items() if slot.resize == resize}
-            truth, recon, distances = run.network_pass(backbones[network], group, cache)
-            result.update(distances)
-            correlations: dict[Source, Floats] = {}  # keys that compare the same features share one matrix
-            for key, slot in group.items():
-                source = (slot.layers[0], slot.reduce)
-                if slot.measure == "perceptual":
-                    continue
-                if slot.measure == "distance":
-                    r, counts[key] = _settle(pairwise_correlation(truth[source], recon[source]), protocol)
-                    result[key] = 1.0 - r
-                    continue
-                if slot.measure == "retrieval" and pooled:
-                    assert distractors is not None and protocol.retrieval.n is not None
-                    counts[key] = {"candidates": protocol.retrieval.n}
-                    result[key] = pool_n_way_top1(truth[source], recon[source], distractors, protocol.retrieval.n, ties)
-                    continue
-                if source not in correlations:
-                    correlations[source] = correlation_matrix(truth[source], recon[source])
-                matrices[key] = correlations[source]
-                found = compare(matrices[key])
-                counts[key] = {"ties": int(found.equal.sum()), "undefined": int(found.undefined.sum())}
-                if slot.measure == "identification":
-                    result[key] = two_way(matrices[key], ties)
-                else:
-                    counts[key]["candidates"] = len(ids)
-                    result[key] = top1(matrices[key], ties)
+            run.network_metrics(backbone, group, pool, cache, recon_cache, found)
 
-    how = "as lost" if ties == "strict" else "half"
-    for key, count in counts.items():
-        if count.get("ties"):
-            notes.append(f"{key}: {count['ties']} comparisons tie and count {how}")
-        if count.get("undefined"):
-            notes.append(f"{key}: {count['undefined']} comparisons with constant features count {how}")
-        if count.get("constant"):
-            notes.append(
-                f"{key}: {count['constant']} pairs have no defined correlation, which counts as {protocol.constant}"
-            )
-    return Scores(
-        protocol=protocol,
-        image_ids=ids,
-        per_image={key: result[key] for key in KEYS if key in result},
-        matrices=matrices,
-        counts={key: counts[key] for key in KEYS if key in counts},
-        notes=tuple(notes),
-        digests={n: backbones[n].digest for n in protocol.networks if any(s.network == n for s in slots.values())},
+    constant = {side.what: tuple(ids[k] for k in sorted(side.constant)) for side in (run.recons, run.truths)}
+    remarks = (*_sizes(protocol, run.recons.size, run.truths.size), *run.remarks)
+    return _scores(protocol, ids, found, digests, constant, remarks)
+
+
+def subset(scores: Scores, image_ids: Sequence[Id]) -> Scores:
+    """Return what scoring only these of the images would have found, without another pass.
+
+    Identification and retrieval among the test set are counted anew, since they depend on the other images; retrieval
+    from a pool and everything that looks at one pair alone is carried over.
+
+    Raises:
+        ValueError: an id was not scored or is named twice, or there are fewer than two.
+    """
+    ids = _check_ids(image_ids)
+    place = {image: k for k, image in enumerate(scores.image_ids)}
+    missing = [image for image in ids if image not in place]
+    if missing:
+        raise ValueError(f"{len(missing)} of the subset's {len(ids)} images were not scored: {_listed(missing)}")
+    if len(ids) < 2 and scores.matrices:
+        raise ValueError("identification compares images with each other: a subset needs at least 2")
+    rows = np.array([place[image] for image in ids])
+    found = _Found(
+        values={key: values[rows] for key, values in scores.per_image.items() if key not in scores.matrices},
+        counts={key: dict(count) for key, count in scores.counts.items() if key not in scores.matrices},
     )
+    for key, undefined in scores.undefined.items():
+        found.undefined[key] = undefined[rows]
+        found.counts[key]["constant"] = int(undefined[rows].sum())
+    for key, matrix in scores.matrices.items():
+        found.identify(key, scores.protocol.slots[key], matrix[np.ix_(rows, rows)], scores.protocol)
+    kept = set(ids)
+    constant = {what: tuple(i for i in flat if i in kept) for what, flat in scores.constant.items()}
+    return _scores(scores.protocol, ids, found, dict(scores.digests), constant, scores.remarks)
 
 
 @torch.inference_mode()
@@ -275,10 +247,11 @@ def slot_features(
     protocol: Protocol,
     key: str,
     backbone: Backbone,
-    image_ids: Sequence[int | str],
+    image_ids: Sequence[Id],
     *,
     batch: int = 32,
     device: str = "cpu",
+    progress: Progress | None = None,
 ) -> NDArray[np.float32]:
     """Return what metric ``key`` compares for seen images, e.g. a chunk of a retrieval pool: (N, F).
 
@@ -288,52 +261,81 @@ def slot_features(
         key: a metric that one network layer fills, e.g. "CLIP-1000".
         backbone: the network of that slot.
         image_ids: N ids, for messages.
-        batch: images a forward pass.
+        batch: images a forward pass; halved where memory runs out.
         device: where images are resized.
+        progress: called as (what, done, total) after each batch.
 
     Raises:
         ValueError: an image is malformed, or ``key`` has no feature vector under this protocol.
+        MemoryError: not even one image at a time fits into memory.
     """
     slot = protocol.slots.get(key)
     if slot is None or slot.reduce == "maps":
         raise ValueError(f"metric '{key}' compares no feature vectors under protocol '{protocol.name}'")
     ids = _check_ids(image_ids)
-    _check_images(images, ids, "image")
-    run = _Run(protocol, ids, images, images, None, batch, device, lambda what, done, total: None)
-    chunks = [
-        _reduced(run.forward(backbone, [slot], chunk, "truth")[slot.layers[0]], slot.reduce).numpy()
-        for chunk in run.chunks()
-    ]
-    return np.concatenate(chunks)
+    side = Checked(images, ids, "image")
+    run = _Run(protocol, ids, side, side, None, batch, device, progress or (lambda what, done, total: None))
+    rows: dict[Source, Features] = {}
+
+    def step(chunk: slice) -> None:
+        run.store(rows, (slot.layers[0], slot.reduce), run.forward(backbone, [slot], chunk, "truth"), chunk)
+
+    run.in_batches(backbone.name, step)
+    return rows[slot.layers[0], slot.reduce]
 
 
-Source = tuple[str, str]  # layer, reduce
+@dataclass
+class _Found:
+    """What is known so far of an evaluation, by key."""
+
+    values: dict[str, Floats] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    matrices: dict[str, Floats] = field(default_factory=dict)
+    undefined: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+    def settled(self, key: str, r: Floats, protocol: Protocol) -> Floats:
+        """Give pairs without a defined correlation the value that the protocol says, and count them."""
+        self.undefined[key] = np.isnan(r)
+        self.counts[key] = {"constant": int(np.isnan(r).sum())}
+        return np.where(np.isnan(r), 0.0, r) if protocol.constant == "zero" else r
+
+    def identify(self, key: str, slot: Slot, matrix: Floats, protocol: Protocol) -> None:
+        """Count who is identified by, or retrieved from, the correlations of all truths with all reconstructions."""
+        rule = protocol.identification
+        found = compare(matrix, rule.direction)
+        self.matrices[key] = matrix
+        self.counts[key] = {"ties": int(found.equal.sum()), "undefined": int(found.undefined.sum())}
+        if slot.measure == "identification":
+            self.values[key] = two_way(matrix, rule.ties, rule.direction)
+        else:
+            self.values[key] = top1(matrix, rule.ties, rule.direction)
+            self.counts[key]["candidates"] = len(matrix)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """The images of one evaluation and how to read them in batches."""
 
     protocol: Protocol
-    ids: tuple[int | str, ...]
-    recons: Images
-    truths: Images
-    blurry: Images | None
+    ids: tuple[Id, ...]
+    recons: Checked
+    truths: Checked
+    blurry: Checked | None
     batch: int
     device: str
     progress: Progress
+    remarks: list[str] = field(default_factory=list)
 
-    def chunks(self, size: int | None = None) -> list[slice]:
-        step = size or self.batch
-        return [slice(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step)]
+    def steps(self, side: Side) -> tuple[Resize | None, Resize | None]:
+        """What all metrics share: the own step of that side, then the common one."""
+        return (self.protocol.truth if side == "truth" else self.protocol.recon, self.protocol.common)
 
-    def prepared(self, chunk: slice, side: str, dtype: torch.dtype) -> Tensor:
+    def prepared(self, chunk: slice, side: Side, dtype: torch.dtype) -> Tensor:
         """Images of one side, (B, 3, H, W) in [0, 1], after the steps that all metrics share."""
-        steps = (self.protocol.truth if side == "truth" else self.protocol.recon, self.protocol.common)
 
-        def prepare(images: Images) -> Tensor:
-            tensor = _as_tensor(images[chunk], dtype, self.device)
-            for step in steps:
+        def prepare(images: Checked) -> Tensor:
+            tensor = as_tensor(images.read(chunk), dtype, self.device)
+            for step in self.steps(side):
                 tensor = resized(tensor, step)
             return tensor
 
@@ -344,20 +346,46 @@ class _Run:
             return recon
         return self.protocol.blend * recon + (1.0 - self.protocol.blend) * prepare(self.blurry)
 
+    def in_batches(self, what: str, step: Callable[[slice], None]) -> None:
+        """Call ``step`` for one batch after the other, smaller ones from where memory runs out."""
+        size, start = self.batch, 0
+        while start < len(self.ids):
+            chunk = slice(start, min(start + size, len(self.ids)))
+            try:
+                step(chunk)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise MemoryError(f"{what}: memory runs out even with one image at a time") from error
+                size = max(1, min(size, chunk.stop - chunk.start) // 2)
+            else:
+                start = chunk.stop
+                self.progress(what, start, len(self.ids))
+                continue
+            # Only here has the exception let go of the tensors that it was raised over.
+            gc.collect()
+            if self.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+        if size < self.batch:
+            self.remarks.append(f"{what}: memory ran out; batches were made smaller, down to {size}")
+
     def pixel_metrics(self, keys: Sequence[str], threads: int) -> dict[str, Floats]:
         spec = self.protocol.ssim
+        sizes = {self.protocol.pixcorr if key == "PixCorr" else spec.resize for key in keys}
 
-        def one(chunk: slice) -> dict[str, float]:
+        def one(row: int) -> dict[str, float]:
             # In float64, one pair at a time: fastest (it stays in the cache), and the smallest.
+            chunk = slice(row, row + 1)
             with torch.inference_mode():
-                pair = [self.prepared(chunk, side, torch.float64) for side in ("truth", "recon")]
-                if pair[0].shape != pair[1].shape and (self.protocol.pixcorr is None or spec.resize is None):
+                truth, recon = (self.prepared(chunk, side, torch.float64) for side in _SIDES)
+                sized = {r: (_as_images(resized(truth, r)), _as_images(resized(recon, r))) for r in sizes}
+            for x, y in sized.values():
+                if x.shape != y.shape:
                     raise ValueError(
-                        f"image {self.ids[chunk.start]}: the truth has {pair[0].shape[-1]} pixels a side, the"
-                        f" reconstruction {pair[1].shape[-1]};"
-                        f" protocol '{self.protocol.name}' brings them to no common size"
+                        f"image {self.ids[row]}: the truth has {x.shape[1]} pixels a side, the reconstruction"
+                        f" {y.shape[1]}; protocol '{self.protocol.name}' brings them to no common size"
                     )
-                sized = {r: [_as_images(resized(x, r)) for x in pair] for r in {self.protocol.pixcorr, spec.resize}}
             values = {}
             if "PixCorr" in keys:
                 values["PixCorr"] = pixcorr(*sized[self.protocol.pixcorr])
@@ -367,19 +395,60 @@ class _Run:
                 values["SSIM-color"] = ssim(*sized[spec.resize], colour=True, spec=spec)
             return {key: float(value[0]) for key, value in values.items()}
 
-        table: dict[str, list[float]] = {key: [] for key in keys}
+        table = {key: np.empty(len(self.ids)) for key in keys}
         with ThreadPoolExecutor(max(1, threads)) as pool:
-            for done, values in enumerate(pool.map(one, self.chunks(1)), start=1):
-                for key, value in values.items():
-                    table[key].append(value)
-                if done % self.batch == 0 or done == len(self.ids):
-                    self.progress("pixels", done, len(self.ids))
-        return {key: np.array(values) for key, values in table.items()}
+            try:
+                for row, values in enumerate(pool.map(one, range(len(self.ids)))):
+                    for key, value in values.items():
+                        table[key][row] = value
+                    if (row + 1) % self.batch == 0 or row + 1 == len(self.ids):
+                        self.progress("pixels", row + 1, len(self.ids))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return table
+
+    def network_metrics(
+        self,
+        backbone: Backbone,
+        group: Mapping[str, Slot],
+        pool: NDArray[np.floating] | None,
+        cache: TruthCache | None,
+        recon_cache: TruthCache | None,
+        found: _Found,
+    ) -> None:
+        """Fill the keys of ``group``, which take the same network at the same size.
+
+        Features live no longer than this call: AlexNet's are gone before the next network's come.
+        """
+        truth, recon, distances = self.network_pass(backbone, group, cache, recon_cache)
+        found.values.update(distances)
+        rule, retrieval = self.protocol.identification, self.protocol.retrieval
+        correlations: dict[Source, Floats] = {}  # keys that compare the same features share one matrix
+        for key, slot in group.items():
+            source = (slot.layers[0], slot.reduce)
+            if slot.measure == "perceptual":
+                continue
+            if slot.measure == "distance":
+                r = pairwise_correlation(truth[source], recon[source])
+                found.values[key] = 1.0 - found.settled(key, r, self.protocol)
+                continue
+            if slot.measure == "retrieval" and pool is not None and retrieval.n is not None:
+                found.counts[key] = {"candidates": retrieval.n}
+                found.values[key] = pool_n_way_top1(truth[source], recon[source], pool, retrieval.n, rule.ties)
+                continue
+            if source not in correlations:
+                correlations[source] = correlation_matrix(truth[source], recon[source], rule.direction)
+            found.identify(key, slot, correlations[source], self.protocol)
 
     def network_pass(
-        self, backbone: Backbone, group: Mapping[str, Slot], cache: TruthCache | None
-    ) -> tuple[dict[Source, NDArray[np.float32]], dict[Source, NDArray[np.float32]], dict[str, Floats]]:
-        """Pass both sides once through ``backbone`` for all slots of one size.
+        self,
+        backbone: Backbone,
+        group: Mapping[str, Slot],
+        cache: TruthCache | None,
+        recon_cache: TruthCache | None,
+    ) -> tuple[dict[Source, Features], dict[Source, Features], dict[str, Floats]]:
+        """Pass both sides once through ``backbone`` for all slots of one size, as far as no cache knows the features.
 
         Returns:
             Features of the truths and of the reconstructions, (N, F) by (layer, reduce), and the perceptual distances
@@ -389,50 +458,69 @@ class _Run:
         perceptual = [s for s in slots if s.measure == "perceptual"]
         vectors: list[Source] = list(dict.fromkeys((s.layers[0], s.reduce) for s in slots if s not in perceptual))
         maps: list[Source] = list(dict.fromkeys((layer, "maps") for s in perceptual for layer in s.layers))
-        truth_rows: dict[Source, NDArray[np.float32]] = {}
-        recon_rows: dict[Source, NDArray[np.float32]] = {}
-        if cache is not None:
-            for source in [*vectors, *maps]:
-                if (cached := cache.get(self.cache_key(backbone, slots[0].resize, source))) is not None:
-                    truth_rows[source] = cached
-        complete = len(truth_rows) == len(vectors) + len(maps)
+        resize = slots[0].resize
+        truth_rows = self.known("truth", backbone, resize, [*vectors, *maps], [cache])
+        recon_rows = self.known("recon", backbone, resize, vectors, [recon_cache, cache])
+        truth_known = len(truth_rows) == len(vectors) + len(maps)
+        recon_known = len(recon_rows) == len(vectors) and not maps
+        distances = {key: np.empty(len(self.ids)) for key, slot in group.items() if slot.measure == "perceptual"}
         kept = vectors
+        one: dict[str, Tensor] = {}  # where all reconstructions are one image, it passes once
 
-        distances: dict[str, list[Tensor]] = {key: [] for key, slot in group.items() if slot.measure == "perceptual"}
-        for chunk in self.chunks():
-            recon = self.forward(backbone, slots, chunk, "recon")
-            if complete:
+        def step(chunk: slice) -> None:
+            nonlocal kept
+            recon: Mapping[str, Tensor] = {}
+            if not recon_known and self.recons_are_one:
+                if not one:
+                    one.update(self.forward(backbone, slots, slice(0, 1), "recon"))
+                    for source in vectors:
+                        row = _reduced(one[source[0]], source[1]).numpy()
+                        recon_rows[source] = np.broadcast_to(row, (len(self.ids), *row.shape[1:]))
+                recon = {layer: x.expand(chunk.stop - chunk.start, *x.shape[1:]) for layer, x in one.items()}
+            elif not recon_known:
+                recon = self.forward(backbone, slots, chunk, "recon")
+                for source in vectors:
+                    self.store(recon_rows, source, recon, chunk)
+            if truth_known:
                 truth = {layer: torch.from_numpy(truth_rows[layer, "maps"][chunk]).to(self.device) for layer, _ in maps}
             else:
                 truth = self.forward(backbone, slots, chunk, "truth")
                 if cache is not None and chunk.start == 0:
                     need = sum(4 * truth[layer][0].numel() * len(self.ids) for layer, _ in [*vectors, *maps])
-                    kept = [*vectors, *maps] if cache.fits(need) else vectors
+                    kept = [*vectors, *maps] if maps and cache.fits(need) else vectors
                 for source in kept:
                     self.store(truth_rows, source, truth, chunk)
-            for source in vectors:
-                self.store(recon_rows, source, recon, chunk)
             for key, values in distances.items():
                 slot = group[key]
                 heads = lpips_heads(slot.heads) if slot.heads else None
-                values.append(
-                    perceptual_distance([truth[n] for n in slot.layers], [recon[n] for n in slot.layers], heads)
-                )
-            self.progress(backbone.name, chunk.stop, len(self.ids))
-        if cache is not None and not complete:
-            for source in kept:
-                cache.put(self.cache_key(backbone, slots[0].resize, source), truth_rows[source])
-        return truth_rows, recon_rows, {key: torch.cat(values).numpy() for key, values in distances.items()}
+                values[chunk] = perceptual_distance(
+                    [truth[n] for n in slot.layers], [recon[n] for n in slot.layers], heads
+                ).numpy()
 
-    def store(
-        self, rows: dict[Source, NDArray[np.float32]], source: Source, features: Mapping[str, Tensor], chunk: slice
-    ) -> None:
+        if not (truth_known and recon_known):
+            self.in_batches(backbone.name, step)
+        else:
+            self.progress(backbone.name, len(self.ids), len(self.ids))
+        if cache is not None and not truth_known:
+            for source in kept:
+                cache.put(self.cache_key("truth", backbone, resize, source), truth_rows[source])
+        if recon_cache is not None and not recon_known and not isinstance(self.recons.images, Reordered):
+            for source in vectors:
+                recon_cache.put(self.cache_key("recon", backbone, resize, source), recon_rows[source])
+        return truth_rows, recon_rows, distances
+
+    @property
+    def recons_are_one(self) -> bool:
+        sides = [self.recons] if self.blurry is None else [self.recons, self.blurry]
+        return all(isinstance(side.images, Reordered) and len(side.images.base) == 1 for side in sides)
+
+    def store(self, rows: dict[Source, Features], source: Source, features: Mapping[str, Tensor], chunk: slice) -> None:
         values = _reduced(features[source[0]], source[1]).numpy()
         if chunk.start == 0:  # also where a cached array of the same name must not be written into
             rows[source] = np.empty((len(self.ids), *values.shape[1:]), dtype=np.float32)
         rows[source][chunk] = values
 
-    def forward(self, backbone: Backbone, slots: Sequence[Slot], chunk: slice, side: str) -> dict[str, Tensor]:
+    def forward(self, backbone: Backbone, slots: Sequence[Slot], chunk: slice, side: Side) -> dict[str, Tensor]:
         """Layer outputs of one batch, checked."""
         images = resized(self.prepared(chunk, side, torch.float32), slots[0].resize)
         layers = list(dict.fromkeys(layer for slot in slots for layer in slot.layers))
@@ -451,34 +539,47 @@ class _Run:
             if not finite.all():
                 bad = self.ids[chunk.start + int((~finite).nonzero()[0])]
                 raise ValueError(
-                    f"network '{backbone.name}', layer '{layer}' gave a NaN or an infinity for the {_SIDES[side]}"
-                    f" of image {bad}"
+                    f"network '{backbone.name}', layer '{layer}' gave a NaN or an infinity for the"
+                    f" {self.side(side).what} of image {bad}"
                 )
         return {layer: outputs[layer] for layer in layers}
 
-    def cache_key(self, backbone: Backbone, resize: Resize | None, source: Source) -> tuple[Any, ...]:
-        return (self.truth_digest, self.protocol.truth, self.protocol.common, backbone.digest, resize, *source)
+    def side(self, side: Side) -> Checked:
+        return self.truths if side == "truth" else self.recons
 
-    @cached_property
-    def truth_digest(self) -> str:
-        array = np.ascontiguousarray(self.truths)
-        return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+    def known(
+        self,
+        side: Side,
+        backbone: Backbone,
+        resize: Resize | None,
+        sources: Sequence[Source],
+        caches: Sequence[TruthCache | None],
+    ) -> dict[Source, Features]:
+        """Features of one side that a cache holds: of the very images, or of those that they reorder."""
+        images, found = self.side(side).images, {}
+        for cache in caches:
+            if cache is None:
+                continue
+            for source in sources:
+                if source in found or (rows := cache.get(self.cache_key(side, backbone, resize, source))) is None:
+                    continue
+                found[source] = rows[images.order] if isinstance(images, Reordered) else rows
+        return found
 
+    def cache_key(self, side: Side, backbone: Backbone, resize: Resize | None, source: Source) -> tuple[Any, ...]:
+        """Everything that decides features: pixels, preparation, weights, where it runs, and what is kept of them.
 
-_SIDES = {"truth": "truth", "recon": "reconstruction"}
+        It does not say which side it is of, so that a truth that is scored as a reconstruction finds its features where
+        both are prepared alike.
+        """
 
+        def prepared(images: Checked) -> tuple[Any, ...]:
+            return images.digest, acting((*self.steps(side), resize), images.size)
 
-def resized(images: Tensor, resize: Resize | None) -> Tensor:
-    """Resample (B, 3, H, W) to the square size that ``resize`` names; return them as they are where they have it."""
-    if resize is None or images.shape[-2:] == (resize.size, resize.size):
-        return images
-    size = (resize.size, resize.size)
-    return functional.interpolate(images, size, mode=resize.filter, align_corners=False, antialias=resize.antialias)
-
-
-def _as_tensor(images: Images, dtype: torch.dtype, device: str) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device).movedim(-1, 1)
-    return tensor.to(dtype) / 255 if images.dtype == np.uint8 else tensor.to(dtype)
+        key = prepared(self.side(side))
+        if side == "recon" and self.blurry is not None:
+            key = (*key, self.protocol.blend, *prepared(self.blurry))
+        return (*key, backbone.digest, torch.device(self.device).type, *source)
 
 
 def _as_images(tensor: Tensor) -> Floats:
@@ -492,10 +593,75 @@ def _reduced(features: Tensor, reduce: str) -> Tensor:
     return features.mean(dim=(2, 3)) if reduce == "mean" else features
 
 
-def _settle(r: Floats, protocol: Protocol) -> tuple[Floats, dict[str, int]]:
-    """Give pairs without a defined correlation the value that the protocol says, and count them."""
-    undefined = np.isnan(r)
-    return (np.where(undefined, 0.0, r) if protocol.constant == "zero" else r), {"constant": int(undefined.sum())}
+def _out_of_memory(error: BaseException) -> bool:
+    told = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error).lower() for t in told)
+
+
+def _scores(
+    protocol: Protocol,
+    ids: tuple[Id, ...],
+    found: _Found,
+    digests: dict[str, str],
+    constant: dict[str, tuple[Id, ...]],
+    remarks: tuple[str, ...],
+) -> Scores:
+    """Put the findings in order and say in words what the numbers do not show."""
+    notes = []
+    if protocol.n_images is not None and len(ids) != protocol.n_images:
+        notes.append(
+            f"protocol '{protocol.name}' scores {protocol.n_images} images ({protocol.images}); these are {len(ids)}"
+        )
+    for what, flat in constant.items():
+        if flat:
+            notes.append(f"{len(flat)} constant {what}{'s' * (len(flat) > 1)}: {_listed(flat)}")
+    notes.extend(remarks)
+    how = "as lost" if protocol.identification.ties == "strict" else "half"
+    counts = {key: found.counts[key] for key in KEYS if key in found.counts}
+    for key, count in counts.items():
+        in_test_set = key in found.matrices and protocol.slots[key].measure == "retrieval"
+        if in_test_set and protocol.retrieval.pool == "distractors":
+            notes.append(
+                f"{key}: no distractors were given, so this is top-1 among the {len(ids)} test images and compares with"
+                f" no {key} from a pool ({protocol.retrieval.sentence})"
+            )
+        if count.get("ties"):
+            notes.append(f"{key}: {count['ties']} comparisons tie and count {how}")
+        if count.get("undefined"):
+            notes.append(f"{key}: {count['undefined']} comparisons with constant features count {how}")
+        if count.get("constant"):
+            notes.append(
+                f"{key}: {count['constant']} pairs have no defined correlation, which counts as {protocol.constant}"
+            )
+
+    def ordered(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: values[key] for key in KEYS if key in values}
+
+    return Scores(
+        protocol=protocol,
+        image_ids=ids,
+        per_image=ordered(found.values),
+        matrices=ordered(found.matrices),
+        counts=counts,
+        notes=tuple(notes),
+        digests=digests,
+        undefined=ordered(found.undefined),
+        constant=constant,
+        remarks=remarks,
+    )
+
+
+def _sizes(protocol: Protocol, recon: int, truth: int) -> list[str]:
+    """Say where the images' sizes are not those that the protocol was published with."""
+    found = []
+    if protocol.recon_size is not None and recon != protocol.recon_size:
+        found.append(
+            f"these reconstructions have {recon} pixels a side, those that protocol '{protocol.name}' was published"
+            f" with {protocol.recon_size}"
+        )
+    for step in acting((protocol.truth,), truth):
+        found.append(f"truths of {truth} pixels a side were brought to those of protocol '{protocol.name}': {step}")
+    return found
 
 
 def _check_keys(keys: Collection[str] | None) -> set[str]:
@@ -506,11 +672,21 @@ def _check_keys(keys: Collection[str] | None) -> set[str]:
     return {card(key).key for key in keys}
 
 
-def _check_ids(image_ids: Sequence[int | str]) -> tuple[int | str, ...]:
+def _check_networks(slots: Mapping[str, Slot], protocol: Protocol, backbones: Mapping[str, Backbone]) -> None:
+    for network in protocol.networks:
+        own = [key for key, slot in slots.items() if slot.network == network]
+        if own and network not in backbones:
+            raise ValueError(
+                f"protocol '{protocol.name}' needs the network '{network}' for {', '.join(own)};"
+                f" given: {', '.join(backbones) or 'none'}"
+            )
+
+
+def _check_ids(image_ids: Sequence[Id]) -> tuple[Id, ...]:
     ids = tuple(i if isinstance(i, str) else int(i) for i in image_ids)
     if not ids:
         raise ValueError("there is no image to score: image_ids is empty")
-    seen: set[int | str] = set()
+    seen: set[Id] = set()
     for i in ids:
         if i in seen:
             raise ValueError(f"image id {i} occurs twice; every image is scored once")
@@ -518,31 +694,5 @@ def _check_ids(image_ids: Sequence[int | str]) -> tuple[int | str, ...]:
     return ids
 
 
-def _check_images(images: Images, ids: Sequence[int | str], what: str) -> None:
-    if not isinstance(images, np.ndarray):
-        raise ValueError(f"{what}s must be a numpy array (N, H, W, 3), not {type(images).__name__}")
-    if images.ndim != 4 or images.shape[-1] != 3:
-        hint = "; move the channels last" if images.ndim == 4 and images.shape[1] == 3 else ""
-        raise ValueError(f"{what}s must be (N, H, W, 3), not {images.shape}{hint}")
-    if len(images) != len(ids):
-        raise ValueError(f"there are {len(images)} {what}s for {len(ids)} image ids: every image needs one")
-    if images.shape[1] != images.shape[2] or images.shape[1] == 0:
-        raise ValueError(f"{what}s are {images.shape[2]} x {images.shape[1]} pixels: crop them square before scoring")
-    if images.dtype == np.uint8:
-        return
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"{what}s must be uint8, or float in [0, 1], not {images.dtype}")
-    for k, image in enumerate(images):
-        low, high = float(image.min()), float(image.max())
-        if not np.isfinite(low + high):
-            raise ValueError(f"{what} of image {ids[k]} (row {k}) holds a NaN or an infinity")
-        if low < 0.0 or high > 1.0:
-            remedy = "divide by 255" if high > 2.0 else "map [-1, 1] to [0, 1]" if low < -0.5 else "clip them"
-            raise ValueError(
-                f"{what} of image {ids[k]} (row {k}) has values in [{low:.4g}, {high:.4g}]; floats must be in [0, 1]:"
-                f" {remedy}"
-            )
-
-
-def _listed(ids: Sequence[int | str], most: int = 8) -> str:
+def _listed(ids: Sequence[Id], most: int = 8) -> str:
     return ", ".join(str(i) for i in ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")

@@ -135,6 +135,12 @@ class Retrieval:
     n: int | None
     sentence: str = field(metadata=_WORDING)
 
+    def __post_init__(self) -> None:
+        if (self.pool == "distractors") != (self.n is not None):
+            raise ValueError(
+                "retrieval from distractors needs n, the number of candidates; from the test set it has none"
+            )
+
 
 @dataclass(frozen=True)
 class Protocol:

@@ -234,18 +234,27 @@ def test_antialias_flag_reaches_the_resampling() -> None:
     assert (np.abs(a - b) > 1e-3).all()
 
 
-def test_pool_retrieval_needs_its_pool_and_says_so() -> None:
+def test_pool_retrieval_falls_back_to_the_test_set_and_says_so() -> None:
     protocol = dataclasses.replace(DEMO, retrieval=dataclasses.replace(DEMO.retrieval, pool="distractors", n=5))
     truth, recon = images()
     backbones = demo_backbones()
     without = evaluate(recon, truth, protocol, backbones, IDS, keys=["CLIP", "CLIP-1000"])
-    assert tuple(without.per_image) == ("CLIP",)
-    assert any(note.startswith("CLIP-1000 left out: protocol 'demo' retrieves from a pool") for note in without.notes)
+    own = evaluate(recon, truth, DEMO, backbones, IDS, keys=["CLIP-1000"])
+    np.testing.assert_array_equal(without.per_image["CLIP-1000"], own.per_image["CLIP-1000"])
+    assert without.counts["CLIP-1000"]["candidates"] == 7
+    assert any(
+        note.startswith("CLIP-1000: no distractors were given, so this is top-1 among the 7 test images")
+        for note in without.notes
+    )
+    assert not any("distractors" in note for note in own.notes)
     pool = slot_features(images(n=9, seed=5)[0], protocol, "CLIP-1000", backbones["lite2"], range(9), batch=4)
     assert pool.shape == (9, 10)
     scores = evaluate(recon, truth, protocol, backbones, IDS, distractors=pool)
     assert scores.counts["CLIP-1000"] == {"candidates": 5}
     assert ((scores.per_image["CLIP-1000"] >= 0) & (scores.per_image["CLIP-1000"] <= 1)).all()
+    assert "CLIP-1000" not in scores.matrices and not any("no distractors" in note for note in scores.notes)
+    with pytest.raises(ValueError, match="there are 3 distractors; protocol 'demo' draws 4 of them"):
+        evaluate(recon, truth, protocol, backbones, IDS, distractors=pool[:3])
 
 
 def test_blend_mixes_the_low_level_image_in() -> None:
