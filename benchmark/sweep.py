@@ -107,6 +107,7 @@ def _list() -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from benchmark.devices import choose_device
     from benchmark.errors import UserError
     from benchmark.execute import RunOptions
     from benchmark.graph import Plan
@@ -152,7 +153,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"nothing to run: {blocked[0].stage.title}: {blocked[0].reason}; leave out --mode {args.mode}")
     if to_run:
         options = RunOptions(
-            device=_device(args.device),
+            device=choose_device(args.device),
             threads=options_threads,
             tracker=args.tracker,
             group=sweep.name,
@@ -231,18 +232,6 @@ def _check_data(args: argparse.Namespace, variant: Variant) -> str | None:
             f"type --set generation.subjects=[{few}]{remedy}"
         )
     return nsd.digest() if args.data is not None else None
-
-
-def _device(wanted: str) -> str:
-    if wanted == "cpu":
-        return wanted
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        from benchmark.errors import UserError
-
-        raise UserError("--device cuda: PyTorch finds no GPU here; leave the option out to run on the CPU")
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _say_what_runs(sweep: Sweep, args: argparse.Namespace, decisions: list[Decision], variants: int) -> None:
