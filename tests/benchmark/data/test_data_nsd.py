@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from benchmark.data import nsd as nsd_module
-from benchmark.data import paths
+from benchmark.data import formats, paths
+from benchmark.data import tree as tree_module
 from benchmark.data.nsd import NSD
+from benchmark.data.release import NSD_RELEASE, Release
 from benchmark.errors import UserError
 
 
@@ -288,26 +289,126 @@ def test_a_vertex_that_does_not_vary_becomes_zero(broken: Path) -> None:
     assert (trials.betas[trials.session == 1, 0] == 0).all() and np.isfinite(trials.betas).all()
 
 
-def test_nsd_itself_with_sessions_that_differ(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_released(root: Path, **changes: object) -> Release:
+    """Make the miniature pass for NSD itself: numbers to hold it against, and no ``simulation`` folder."""
+    shutil.rmtree(root / "simulation")
+    masks = {s: tuple(int(np.load(root / paths.mask(s, side)).sum()) for side in paths.HEMISPHERES) for s in (1, 2)}
+    numbers = {
+        "images": 32,
+        "image_side": 32,
+        "shared": 8,
+        "images_per_subject": 20,
+        "trials_designed": 60,
+        "trials_per_session": 20,
+        "vertices": len(np.load(root / paths.mask(1, "lh"))),
+        "sessions": {1: 3, 2: 2},
+        "voxels": masks,
+    }
+    return Release(**{**numbers, **changes})  # type: ignore[arg-type]
+
+
+def test_nsd_itself_with_sessions_that_differ(broken: Path) -> None:
     """NSD's release: fewer sessions for some subjects than the design lists, and no ``simulation`` folder."""
-    vertices = len(np.load(broken / paths.mask(1, "lh")))
-    monkeypatch.setattr(nsd_module, "NSD_VERTICES", vertices)
-    monkeypatch.setattr(nsd_module, "NSD_SESSIONS", {1: 3, 2: 2})
+    release = _as_released(broken)
     for side in paths.HEMISPHERES:
         (broken / paths.betas(2, side, 3)).unlink()
-    shutil.rmtree(broken / "simulation")
-    nsd = NSD.open(broken)
+    nsd = NSD.open(broken, release=release)
+    assert nsd.published and nsd.kind == "nsd"
     assert nsd.sessions == {1: 3, 2: 2} and nsd.trials(2).shape == (2, 20)
     loaded = nsd.load_betas(2)
     assert loaded.repeats.sum() == 40 and loaded.repeats.max() <= 3
     np.testing.assert_array_equal(nsd.seen(2)[1], loaded.repeats)
-    assert NSD.open(broken, subjects=[1]).subjects == (1,)
+    assert NSD.open(broken, subjects=[1], release=release).subjects == (1,)
     with pytest.raises(UserError, match="no betas of subject 3; present: 1, 2"):
-        NSD.open(broken, subjects=[1, 3])
-    assert NSD.open(broken, sessions={1: 1, 2: 1}).sessions == {1: 1, 2: 1}
+        NSD.open(broken, subjects=[1, 3], release=release)
+    assert NSD.open(broken, sessions={1: 1, 2: 1}, release=release).sessions == {1: 1, 2: 1}
     (broken / paths.betas(2, "rh", 2)).unlink()
     with pytest.raises(UserError, match=r"download it again: s3://natural-scenes-dataset/nsddata_betas"):
-        NSD.open(broken)
+        NSD.open(broken, release=release)
+
+
+@pytest.mark.parametrize(
+    ("changes", "file", "says"),
+    [
+        ({"images": 73_000}, paths.STIMULI, "32 images; expected NSD's 73000"),
+        ({"image_side": 425}, paths.STIMULI, "32 pixels a side; expected NSD's 425"),
+        ({"shared": 1000}, paths.DESIGN, "8 shared images; expected NSD's 1000"),
+        ({"images_per_subject": 10_000}, paths.DESIGN, "20 images a subject; expected NSD's 10000"),
+        ({"trials_designed": 30_000}, paths.DESIGN, "60 trials; expected NSD's 30000"),
+        ({"trials_per_session": 750}, paths.betas(1, "lh", 1), "20 trials; expected NSD's 750"),
+        (
+            {"voxels": {1: (19_004, 20_544)}},
+            paths.mask(1, "lh"),
+            "in use; expected 19004, as the Algonauts 2023 release",
+        ),
+    ],
+)
+def test_nsd_itself_has_its_published_numbers(broken: Path, changes: dict[str, object], file: str, says: str) -> None:
+    release = _as_released(broken, **changes)
+    with pytest.raises(UserError) as error:
+        NSD.open(broken, release=release)
+    assert str(broken / file) in str(error.value) and says in str(error.value), error.value
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_the_published_numbers_are_those_of_the_papers() -> None:
+    voxels = {subject: NSD_RELEASE.n_voxels(subject) for subject in NSD_RELEASE.subjects}
+    assert voxels == {1: 39548, 2: 39548, 3: 39548, 4: 39548, 5: 39548, 6: 39198, 7: 39548, 8: 39511}
+    assert sum(voxels.values()) == 315_997
+    assert sum(NSD_RELEASE.sessions.values()) * NSD_RELEASE.trials_per_session == 213_000
+    assert NSD_RELEASE.complete_subjects == (1, 2, 5, 7) and sum(NSD_RELEASE.synthetic_images) == 284
+    for subject in NSD_RELEASE.complete_subjects:  # who saw everything: split into training and test images
+        assert NSD_RELEASE.algonauts_training[subject] + NSD_RELEASE.algonauts_test[subject] == 10_000
+
+
+def test_without_the_algonauts_mask_it_is_made_as_that_was_made(broken: Path) -> None:
+    """nsdgeneral and RSC together, less the vertices that lack data in any session."""
+    masks = {(s, side): np.load(broken / paths.mask(s, side)) for s in (1, 2) for side in paths.HEMISPHERES}
+    for side in paths.HEMISPHERES:
+        either = (masks[1, side] > 0) | (masks[2, side] > 0)
+        general = either.copy()
+        general[np.flatnonzero(either)[::3]] = False
+        for label, inside in zip(paths.general_labels(side), (general, either & ~general), strict=True):
+            _write(broken, label, inside.astype(np.float32)[:, None, None])
+            assert (broken / label).suffix == ".mgz"
+        for subject in (1, 2):
+            (broken / paths.mask(subject, side)).unlink()
+        relative = paths.betas(2, side, 3)
+        values = _read(broken, relative).copy()
+        lacking = np.flatnonzero(either)[[1, 5]]
+        values[lacking] = np.nan
+        _write(broken, relative, values)
+        nsd_sees = either.copy()
+        nsd_sees[lacking] = False
+        masks["expected", side] = nsd_sees
+        masks["either", side] = either
+    nsd = NSD.open(broken)
+    for side in paths.HEMISPHERES:
+        np.testing.assert_array_equal(nsd.vertices(1, side), np.flatnonzero(masks["either", side]))
+        np.testing.assert_array_equal(nsd.vertices(2, side), np.flatnonzero(masks["expected", side]))
+    assert np.isfinite(nsd.load_betas(2).betas).all()
+
+
+def test_a_vertex_outside_the_scanned_volume_of_one_session_is_zero_there(broken: Path) -> None:
+    relative = paths.betas(1, "rh", 2)
+    values = _read(broken, relative).copy()
+    values[np.flatnonzero(np.load(broken / paths.mask(1, "rh")))[2]] = np.nan
+    _write(broken, relative, values)
+    nsd = NSD.open(broken)
+    column = len(nsd.vertices(1, "lh")) + 2
+    trials = nsd.load_betas(1, average=False)
+    assert (trials.betas[trials.session == 2, column] == 0).all()
+    assert trials.betas[trials.session == 1, column].std() == pytest.approx(1, abs=1e-4)
+
+
+def test_frames_of_a_session_are_read_in_any_number_of_blocks(tiny_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_tree / paths.betas(1, "lh", 1)
+    whole = _read(tiny_tree, paths.betas(1, "lh", 1))[:, 0, 0].T
+    columns = np.array([0, 7, 30])
+    for block in (1, 7, 64):
+        monkeypatch.setattr(formats, "_BLOCK", block)
+        np.testing.assert_array_equal(formats.read_mgh(path, columns), whole[:, columns])
+        np.testing.assert_array_equal(formats.read_mgh(path, columns, slice(3, 13)), whole[3:13, columns])
 
 
 def test_the_digest_follows_the_content(broken: Path, tiny_tree: Path) -> None:
@@ -321,11 +422,11 @@ def test_the_digest_follows_the_content(broken: Path, tiny_tree: Path) -> None:
 
 
 def test_the_digest_of_a_large_file_reads_parts_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nsd_module, "_WHOLE", 1000)
+    monkeypatch.setattr(tree_module, "_WHOLE", 1000)
     path = tmp_path / "large"
     path.write_bytes(bytes(2**20))
-    first = nsd_module._file_digest(path)
+    first = tree_module.file_digest(path)
     with path.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")
-    assert nsd_module._file_digest(path) != first
+    assert tree_module.file_digest(path) != first
