@@ -1,15 +1,22 @@
-"""Weights files of the frozen networks: where they are, and the SHA-256 that each must have. Imports no torch."""
+"""Weights files of the frozen networks: where they are, and the SHA-256 that each has or must have. Imports no torch.
+
+The networks of the ``demo`` preset come inside pip packages (:data:`WEIGHTS`). Those of the papers lie in a folder
+(:data:`DOWNLOADS`, :func:`weights_folder`), as their publishers serve them or as plain state dicts of the same network;
+``python -m benchmark.networks fetch DIR`` fills it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmark.errors import UserError
+from benchmark.errors import UserError, did_you_mean
 
 GENERATOR = Path(__file__).parent / "demo_generator"
 GENERATOR_FILES = ("config.json", "tokens.safetensors", "unet.safetensors", "vae.safetensors")
@@ -30,33 +37,205 @@ WEIGHTS: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-def weights_file(name: str) -> Path:
-    """Return the path of a pip-installed weights file.
+@dataclass(frozen=True)
+class Download:
+    """A weights file that lies in the folder of weights.
+
+    Attributes:
+        file: its name there.
+        title: the network and its weights, in words.
+        url: where its publisher serves it.
+        megabytes: its size (10^6 bytes), to tell what a download costs.
+        sha256: of the publisher's file, as far as it is published: all 64 digits, the first 8 (torchvision writes them
+            into its files' names), or none.
+        licence: of the weights.
+    """
+
+    file: str
+    title: str
+    url: str
+    megabytes: float
+    sha256: str
+    licence: str
+
+    @property
+    def stem(self) -> str:
+        """The file's name without its ending."""
+        return Path(self.file).stem
+
+
+_TORCHVISION = "https://download.pytorch.org/models"
+_IMAGENET_TERMS = "BSD-3-Clause; trained on ImageNet (research use)"
+
+# Sizes and digests: torchvision.models.*_Weights (url, _file_size), the path of OpenAI's address. The digits after the
+# first 8 of AlexNet and Inception-v3 are those that several projects print for torchvision's files; SwAV's publisher
+# gives none.
+DOWNLOADS: Mapping[str, Download] = {
+    "alexnet": Download(
+        file="alexnet.pth",
+        title="AlexNet, torchvision IMAGENET1K_V1",
+        url=f"{_TORCHVISION}/alexnet-owt-7be5be79.pth",
+        megabytes=244.4,
+        sha256="7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        licence=_IMAGENET_TERMS,
+    ),
+    "efficientnet_b1": Download(
+        file="efficientnet_b1.pth",
+        title="EfficientNet-B1, torchvision IMAGENET1K_V2",
+        url=f"{_TORCHVISION}/efficientnet_b1-c27df63c.pth",
+        megabytes=31.6,
+        sha256="c27df63c",
+        licence=_IMAGENET_TERMS,
+    ),
+    "efficientnet_b1_v1": Download(
+        file="efficientnet_b1_v1.pth",
+        title="EfficientNet-B1, torchvision IMAGENET1K_V1",
+        url=f"{_TORCHVISION}/efficientnet_b1_rwightman-bac287d4.pth",
+        megabytes=31.6,
+        sha256="bac287d4",
+        licence=_IMAGENET_TERMS,
+    ),
+    "swav_resnet50": Download(
+        file="swav_resnet50.pth",
+        title="ResNet-50, SwAV, 800 epochs",
+        url="https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
+        megabytes=113.7,
+        sha256="",
+        licence="CC BY-NC 4.0",
+    ),
+    "inception_v3": Download(
+        file="inception_v3.pth",
+        title="Inception-v3, torchvision IMAGENET1K_V1",
+        url=f"{_TORCHVISION}/inception_v3_google-0cc3c7bd.pth",
+        megabytes=108.9,
+        sha256="0cc3c7bd75056d25e46cba549dc184522069b81e9787eff6df84f397bd52a5ef",
+        licence=_IMAGENET_TERMS,
+    ),
+    "clip_vit_l14": Download(
+        file="clip_vit_l14.pt",
+        title="CLIP ViT-L/14, OpenAI",
+        url="https://openaipublic.azureedge.net/clip/models/"
+        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+        megabytes=932.8,
+        sha256="b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+        licence="MIT",
+    ),
+}
+
+FOLDER_VARIABLE = "BRAIN_IT_WEIGHTS"
+_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def weights_folder(folder: Path | None = None) -> Path:
+    """Return the folder of weights files: ``folder``, else $BRAIN_IT_WEIGHTS, else one in the user's cache."""
+    if folder is not None:
+        return folder
+    named = os.environ.get(FOLDER_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "brain-it-bench" / "weights"
+
+
+def weights_file(name: str, folder: Path | None = None) -> Path:
+    """Return the path of a network's weights file.
+
+    A file of :data:`DOWNLOADS` may also end in another of ``.pth``, ``.pt`` and ``.safetensors``; the name that is
+    written there goes first.
+
+    Args:
+        name: a network of :data:`WEIGHTS` or :data:`DOWNLOADS`.
+        folder: where the latter lie; :func:`weights_folder` by default.
 
     Raises:
-        UserError: the package is not installed, or its file is not the one that this project was tested with.
+        UserError: there is no such file; or, of a pip package, it is not the one that this project was tested with.
     """
+    if name in WEIGHTS:
+        return _installed_file(name)
+    path = _downloaded_file(name, folder)
+    if path is None:
+        raise UserError(_how_to_get([name], folder))
+    return path
+
+
+def missing_weights(names: Sequence[str], folder: Path | None = None) -> list[str]:
+    """Return those of ``names`` (networks of :data:`DOWNLOADS`) whose file is not in ``folder``."""
+    return [name for name in dict.fromkeys(names) if name in DOWNLOADS and _downloaded_file(name, folder) is None]
+
+
+def require_weights(names: Sequence[str], folder: Path | None = None) -> None:
+    """Refuse to begin what would later find a file missing.
+
+    Raises:
+        UserError: files are missing; it names them and the command that gets them.
+    """
+    if missing := missing_weights(names, folder):
+        raise UserError(_how_to_get(missing, folder))
+
+
+def weights_digest(name: str, folder: Path | None = None) -> str:
+    """Return the SHA-256 of the weights file of ``name``: as it must be in a pip package, as it is in ``folder``.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    return WEIGHTS[name][2] if name in WEIGHTS else file_digest(weights_file(name, folder))
+
+
+def chosen_downloads(names: str | None) -> list[str]:
+    """Return the networks that a comma-separated list names; all for None.
+
+    Raises:
+        UserError: one of them is not in :data:`DOWNLOADS`, or none is named.
+    """
+    if names is None:
+        return list(DOWNLOADS)
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name not in DOWNLOADS:
+            hint = did_you_mean(name, DOWNLOADS) or f"; there are {', '.join(DOWNLOADS)}"
+            raise UserError(f"no weights file for a network '{name}'{hint}")
+    if not chosen:
+        raise UserError(f"no network named; there are {', '.join(DOWNLOADS)}")
+    return list(dict.fromkeys(chosen))
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, computed once for as long as its size and time stay."""
+    stat = path.stat()
+    return _sha256(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _installed_file(name: str) -> Path:
     package, inside, digest = WEIGHTS[name]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the weights of {name} are not installed (package {package}); type: make install")
     path = Path(next(iter(spec.submodule_search_locations))) / inside
-    if not path.is_file() or _sha256(path) != digest:
+    if not path.is_file() or file_digest(path) != digest:
         raise UserError(
             f"{path}: missing or damaged (expected sha256 {digest[:12]}...); reinstall the package {package}"
         )
     return path
 
 
-def weights_digest(name: str) -> str:
-    """Return the SHA-256 that the weights file of ``name`` must have."""
-    return WEIGHTS[name][2]
+def _downloaded_file(name: str, folder: Path | None) -> Path | None:
+    download, base = DOWNLOADS[name], weights_folder(folder)
+    names = dict.fromkeys([download.file, *(download.stem + suffix for suffix in _SUFFIXES)])
+    return next((base / candidate for candidate in names if (base / candidate).is_file()), None)
 
 
-@cache
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _how_to_get(names: Sequence[str], folder: Path | None) -> str:
+    base = weights_folder(folder)
+    files = ", ".join(DOWNLOADS[name].file for name in names)
+    total = sum(DOWNLOADS[name].megabytes for name in names)
+    return (
+        f"{base}: weights missing: {files}; name their folder with --weights DIR, or type (downloads {total:.0f} MB):\n"
+        f"python -m benchmark.networks fetch {base} --only {','.join(names)}"
+    )
 
 
 def generator_digest() -> str:
@@ -68,7 +247,7 @@ def generator_digest() -> str:
     missing = [name for name in GENERATOR_FILES if not (GENERATOR / name).is_file()]
     if missing:
         raise UserError(f"{GENERATOR / missing[0]}: missing; check the project out again")
-    return hashlib.sha256(json.dumps([_sha256(GENERATOR / name) for name in GENERATOR_FILES]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([file_digest(GENERATOR / name) for name in GENERATOR_FILES]).encode()).hexdigest()
 
 
 def network_digests(names: Mapping[str, str]) -> dict[str, str]:

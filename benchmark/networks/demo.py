@@ -1,21 +1,22 @@
-"""The frozen networks: feature targets, encoder backbone, judges, and the generator.
+"""The networks of the ``demo`` preset, which install with pip, each in one role only.
 
-The ``demo`` preset uses real networks that install with pip, each in one role only: EfficientNet-Lite0 gives the
-*targets* (low-level features, semantic tokens, the encoder's backbone); EfficientNet-Lite2 and AugNet's ResNet-50 are
-the *judges*. SqueezeNet, which drives the simulated brain, lives in ``benchmark.data.squeezenet``. Every file is
-checked against its SHA-256 before it is read (``benchmark.weights``).
+EfficientNet-Lite0 gives the *targets* (low-level features, semantic tokens, the encoder's backbone); EfficientNet-Lite2
+and AugNet's ResNet-50 are the *judges*. SqueezeNet, which drives the simulated brain, lives in
+``benchmark.data.squeezenet``. Every file is checked against its SHA-256 before it is read (``benchmark.weights``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmark.errors import UserError
-from benchmark.weights import WEIGHTS, weights_digest, weights_file
+from benchmark.networks.features import FeatureNetwork
+from benchmark.weights import weights_digest, weights_file
 from methods.brain_it.encoder import TappedBackbone
 from methods.brain_it.generate import Generator
 
@@ -29,29 +30,6 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         shift = shift + conv.bias * scale
     conv.weight.data = conv.weight.data * scale.data[:, None, None, None]
     conv.bias = nn.Parameter(shift.data)
-
-
-class FeatureNetwork(nn.Module):
-    """A frozen network that returns named feature maps or pooled vectors of images in [0, 1].
-
-    Gradients flow to the images (DIP needs them), never to the weights.
-    """
-
-    name: str
-    digest: str
-
-    def freeze(self) -> None:
-        """Put the network into its one state: evaluation mode, no gradients for weights, channels-last."""
-        self.eval().requires_grad_(False)
-        self.to(memory_format=torch.channels_last)
-
-    def train(self, mode: bool = True) -> FeatureNetwork:
-        """Stay in evaluation mode whatever the surrounding model does."""
-        return super().train(False)
-
-    def features(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return the named layers of ``images`` (B x 3 x H x W, float in [0, 1])."""
-        raise NotImplementedError
 
 
 class EfficientNetLite(FeatureNetwork):
@@ -154,6 +132,11 @@ class ResNet50(FeatureNetwork):
         return {layer: found[layer] for layer in layers}
 
 
+def pip_network(name: str, weights: Path | None = None, random_seed: int | None = None) -> FeatureNetwork:
+    """Return an installed network; it needs no folder of weights and is never drawn at random."""
+    return ResNet50(name) if name == "augnet" else EfficientNetLite(name)
+
+
 class SpatialTokens(nn.Module):
     """Semantic tokens of a CNN: its last map's places, as CLIP's patch tokens are a transformer's.
 
@@ -190,36 +173,6 @@ class SpatialTokens(nn.Module):
         return (tokens - self.mean) / self.std
 
 
-def _unknown(role: str, name: str, known: Sequence[str]) -> UserError:
-    return UserError(f"networks.{role} is '{name}', which this release cannot load; it has {', '.join(known)}")
-
-
-def feature_network(name: str) -> FeatureNetwork:
-    """Return the network of that name: the low-level targets and the judges are features of one.
-
-    Raises:
-        UserError: no such network here, or its weights are missing.
-    """
-    if name in ("lite0", "lite2"):
-        return EfficientNetLite(name)
-    if name == "augnet":
-        return ResNet50(name)
-    raise _unknown("lowlevel", name, list(WEIGHTS))
-
-
-def encoder_backbone(name: str, taps: Sequence[int], adapter_rank: int, grid: int) -> TappedBackbone:
-    """Return the frozen image backbone of the brain encoder, read at ``taps`` on a ``grid x grid`` grid.
-
-    Raises:
-        UserError: no such network here, or its weights are missing.
-    """
-    if name != "lite0":
-        raise _unknown("encoder", name, ["lite0"])
-    network = EfficientNetLite(name)
-    channels = [_out_channels(block) for block in network.net.blocks]
-    return TappedBackbone(_Stem(network), list(network.net.blocks), channels, taps, rank=adapter_rank, grid=grid)
-
-
 class _Stem(nn.Module):
     """What comes before EfficientNet-Lite's first block: images (B x 3 x H x W in [0, 1]) -> maps."""
 
@@ -237,28 +190,23 @@ def _out_channels(block: nn.Module) -> int:
     return [module for module in block.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
 
 
-def semantic_network(name: str) -> SpatialTokens:
-    """Return images (B x 3 x H x W in [0, 1]) -> semantic tokens, on the scale that the generator takes.
+def lite_backbone(name: str, taps: Sequence[int], adapter_rank: int, grid: int) -> TappedBackbone:
+    """Return EfficientNet-Lite as the brain encoder's backbone: its blocks at ``taps``, on a ``grid x grid`` grid."""
+    network = EfficientNetLite(name)
+    channels = [_out_channels(block) for block in network.net.blocks]
+    return TappedBackbone(_Stem(network), list(network.net.blocks), channels, taps, rank=adapter_rank, grid=grid)
 
-    Raises:
-        UserError: no such network here, or its weights are missing.
-    """
-    if name != "lite0":
-        raise _unknown("semantic", name, ["lite0"])
+
+def lite_tokens(name: str) -> SpatialTokens:
+    """Return images (B x 3 x H x W in [0, 1]) -> semantic tokens, on the scale that the demo's generator takes."""
     from benchmark.demo_generator.model import DemoGenerator
 
     parts = DemoGenerator.load()
     return SpatialTokens(EfficientNetLite(name), parts.token_mean, parts.token_std)
 
 
-def generator(name: str) -> Generator:
-    """Return the diffusion model that turns semantic tokens into images.
-
-    Raises:
-        UserError: no such generator here, or its weights are missing.
-    """
-    if name != "demo":
-        raise _unknown("generator", name, ["demo"])
+def demo_generator(name: str) -> Generator:
+    """Return the diffusion model that turns the demo's semantic tokens into images of 64 x 64 pixels."""
     from benchmark.demo_generator.model import IMAGE_SIZE, DemoGenerator
 
     parts = DemoGenerator.load()

@@ -1,0 +1,145 @@
+"""SDXL-unCLIP, the diffusion model that Brain-IT conditions on CLIP tokens, from MindEye2's checkpoint.
+
+The UNet has SDXL's layout with the cross-attention of 256 x 1664 tokens and a vector of 1024 numbers (the codes of size
+and crop alone); the autoencoder is SDXL's. Sizes: MindEye2's unclip6.yaml. The checkpoint's names are those of
+Stability's ``generative-models`` (sgm); diffusers knows how they map to its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmark.networks.files import load_weights
+from benchmark.networks.seeded import seeded
+from benchmark.weights import DOWNLOADS, weights_file
+from methods.brain_it.generate import Generator
+from methods.brain_it.unclip import size_vector
+
+IMAGE_SIZE = 256  # Brain-IT works at 256 pixels, MindEye2 at 768 (official code)
+SDXL_SCALE = 0.13025
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+
+UNET: Mapping[str, Any] = {
+    "sample_size": IMAGE_SIZE // 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    # The vector goes in as it is; sgm's "sequential" label embedding is diffusers' projection of class labels.
+    "class_embed_type": "projection",
+    "cross_attention_dim": 1664,
+    "projection_class_embeddings_input_dim": 1024,
+}
+VAE: Mapping[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": SDXL_SCALE,
+}
+
+
+def build_unet(config: Mapping[str, Any] = UNET) -> nn.Module:
+    """Return the UNet on the ``meta`` device: 2.50 billion parameters in 1,680 tensors."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet: nn.Module = UNet2DConditionModel(**config)
+    return unet
+
+
+def build_vae(config: Mapping[str, Any] = VAE) -> nn.Module:
+    """Return the autoencoder on the ``meta`` device: 84 million parameters in 248 tensors."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae: nn.Module = AutoencoderKL(**config)
+    return vae
+
+
+def unet_names(found: dict[str, Tensor], config: Mapping[str, Any] = UNET) -> dict[str, Tensor]:
+    """Return the UNet's tensors of an sgm checkpoint under diffusers' names; the others are left out."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    own = {name: tensor for name, tensor in found.items() if name.startswith(UNET_PREFIX)}
+    converted = convert_ldm_unet_checkpoint(own, dict(config)) if own else {}
+    return {**converted, **_not_taken(own, converted)}
+
+
+def vae_names(found: dict[str, Tensor], config: Mapping[str, Any] = VAE) -> dict[str, Tensor]:
+    """Return the autoencoder's tensors of an sgm checkpoint under diffusers' names; the others are left out."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    own = {name: tensor for name, tensor in found.items() if name.startswith(VAE_PREFIX)}
+    converted = convert_ldm_vae_checkpoint(own, dict(config)) if own else {}
+    return {**converted, **_not_taken(own, converted)}
+
+
+def _not_taken(own: dict[str, Tensor], converted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that the conversion passed over, so that whoever loads the rest refuses them by name."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in converted.values() if not tensor.is_meta}
+    if len(converted) == len(own):
+        return {}
+    return {name: tensor for name, tensor in own.items() if tensor.untyped_storage().data_ptr() not in taken}
+
+
+def read_unclip(
+    path: Path,
+    what: str,
+    *,
+    unet: Mapping[str, Any] = UNET,
+    vae: Mapping[str, Any] = VAE,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, nn.Module]:
+    """Return the UNet and the autoencoder of an sgm checkpoint, every one of their tensors used and none missing.
+
+    Args:
+        path: ``.ckpt`` (a dict with ``state_dict``) or ``.safetensors``.
+        what: for messages.
+        unet: sizes; SDXL-unCLIP's by default.
+        vae: sizes; SDXL's by default.
+        dtype: of the UNet's weights; the autoencoder stays in float32, since it overflows in half precision.
+
+    Raises:
+        UserError: the file is missing, damaged or of another network; the message names the first tensor at fault.
+    """
+    made, encoder = build_unet(unet), build_vae(vae)
+    load_weights(
+        made, path, what, dtype=dtype, only=(UNET_PREFIX,), convert=lambda found: unet_names(found, unet)
+    )
+    load_weights(encoder, path, what, only=(VAE_PREFIX,), convert=lambda found: vae_names(found, vae))
+    return made, encoder
+
+
+def sdxl_unclip(
+    name: str, weights: Path | None = None, random_seed: int | None = None, dtype: torch.dtype = torch.float32
+) -> Generator:
+    """Return SDXL-unCLIP, frozen, for images of 256 pixels: its vector says (256, 256) and crop (0, 0) (Sec. D.3).
+
+    Raises:
+        UserError: the file is missing or does not fit.
+    """
+    if random_seed is not None:
+        unet, vae = build_unet(), build_vae()
+        seeded(unet, name, random_seed, dtype)
+        seeded(vae, f"{name} vae", random_seed)
+    else:
+        unet, vae = read_unclip(weights_file(name, weights), DOWNLOADS[name].title, dtype=dtype)
+    for part in (unet, vae):
+        part.eval().requires_grad_(False)
+    return Generator(vae, unet, image_size=IMAGE_SIZE, vector=size_vector(IMAGE_SIZE, IMAGE_SIZE))  # type: ignore[arg-type]
