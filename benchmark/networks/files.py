@@ -22,21 +22,35 @@ from torch import Tensor, nn
 from benchmark.errors import UserError
 
 _MOST_TENSORS = 100_000
+_WRAPPER = "module."
 _COUNTER = "num_batches_tracked"  # of batch norms; means nothing in evaluation mode, and old files lack it
 
 
-def load_weights(net: nn.Module, path: Path, what: str, unused: Sequence[str] = (), prefix: str = "module.") -> None:
-    """Put the tensors of a file into ``net``, in float32, each where its name says.
+def load_weights(
+    net: nn.Module,
+    path: Path,
+    what: str,
+    unused: Sequence[str] = (),
+    *,
+    only: Sequence[str] = ("",),
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Put the tensors of a file into ``net``, in ``dtype``, each where its name says.
 
-    The file may hold more: names that begin with one of ``unused`` are not read. Every other name must be in ``net``
-    and in the file, in the same shape.
+    Every tensor of ``net`` must be in the file, in the same shape; and every tensor of the file, but for those that
+    ``unused`` and ``only`` leave out, must have its place in ``net``. The ``module.`` that a parallel wrapper puts
+    before names is taken off first.
 
     Args:
         net: the architecture; made on the ``meta`` device it takes no memory until now.
         path: the file.
         what: the network, for messages.
-        unused: beginnings of names, such as a classifier's.
-        prefix: taken off names that begin with it, as a parallel wrapper of the network leaves it there.
+        unused: beginnings of names that are not read, such as a classifier's.
+        only: beginnings of names, one of which those that are read must have.
+        convert: names and tensors of the file -> names and tensors of ``net``; what it does not know it returns as it
+            is. A ``UserError`` of its own says what is missing, and no more.
+        dtype: of all floating-point tensors in ``net``.
 
     Raises:
         UserError: the file cannot be read, or is not of this network; the message names the first tensor that is not
@@ -46,14 +60,17 @@ def load_weights(net: nn.Module, path: Path, what: str, unused: Sequence[str] = 
     required = [name for name in own if not name.endswith(_COUNTER)]
 
     def wanted(name: str) -> bool:
-        name = name.removeprefix(prefix)
-        return name in own or not name.startswith(tuple(unused))
+        name = name.removeprefix(_WRAPPER)
+        return name in own or (name.startswith(tuple(only)) and not name.startswith(tuple(unused)))
 
-    found = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(path, wanted).items()}
-
-    def refuse(problem: str) -> UserError:
+    def refuse(problem: object) -> UserError:
         return UserError(f"{path}: not the weights of {what}: {problem}")
 
+    found = {name.removeprefix(_WRAPPER): tensor for name, tensor in read_tensors(path, wanted).items()}
+    try:
+        found = convert(found)
+    except UserError as error:
+        raise refuse(error) from error
     for name in required:
         if name not in found:
             missing = sum(other not in found for other in required)
@@ -67,7 +84,7 @@ def load_weights(net: nn.Module, path: Path, what: str, unused: Sequence[str] = 
             raise refuse(f"'{name}' is unexpected")
     state = {name: torch.zeros((), dtype=torch.long) for name in own if name.endswith(_COUNTER)}
     for name in required:
-        state[name] = found.pop(name).to(torch.float32, copy=True)  # popped: half of a large network at a time
+        state[name] = found.pop(name).to(dtype, copy=True)  # popped, so that a large network is in memory once
         if not state[name].isfinite().all():
             raise refuse(f"'{name}' holds a NaN or an infinity")
     net.load_state_dict(state, assign=True)

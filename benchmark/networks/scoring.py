@@ -7,17 +7,17 @@ it was trained with. All compute in float32, on a GPU too: TF32 alone would move
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from benchmark.networks.features import FeatureNetwork
 from benchmark.networks.files import load_weights
+from benchmark.networks.seeded import seeded
 from benchmark.weights import DOWNLOADS, weights_digest, weights_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,9 +47,31 @@ class ScoringNetwork(FeatureNetwork):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
+    @classmethod
+    def loaded(cls, name: str, weights: Path | None = None, random_seed: int | None = None) -> Self:
+        """Return the network, frozen, with the weights of its file, or with weights drawn from ``random_seed``.
+
+        Args:
+            name: of :data:`benchmark.weights.DOWNLOADS`.
+            weights: folder of the weights files; ``benchmark.weights.weights_folder`` by default.
+            random_seed: for tests and dry runs; the digest then says ``random-SEED``.
+
+        Raises:
+            UserError: its file is missing or does not fit.
+        """
+        digest = weights_digest(name, weights) if random_seed is None else f"random-{random_seed}"
+        with torch.device("meta"):  # the file brings every number; drawing them first would take longer than reading
+            network = cls(name, digest)
+        if random_seed is None:
+            load_weights(network.net, weights_file(name, weights), DOWNLOADS[name].title, cls.UNUSED)
+        else:
+            seeded(network.net, name, random_seed)
+        network.freeze()
+        return network
+
     @staticmethod
     def build() -> nn.Module:
-        """Return the architecture with fresh weights."""
+        """Return the architecture, without the parts that no layer needs."""
         raise NotImplementedError
 
     def taps(self, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -207,42 +229,8 @@ _CLASSES: dict[str, type[ScoringNetwork]] = {
 
 
 def scoring_network(name: str, weights: Path | None = None, random_seed: int | None = None) -> ScoringNetwork:
-    """Return a judge, frozen, with the weights of its file, or with weights drawn from ``random_seed``.
-
-    Args:
-        name: its name in protocols.
-        weights: folder of the weights files; ``benchmark.weights.weights_folder`` by default.
-        random_seed: for tests and dry runs.
-
-    Raises:
-        UserError: its file is missing or does not fit.
-    """
-    kind = _CLASSES[name]
-    if random_seed is not None:
-        network = _drawn(kind, name, random_seed)
-    else:
-        path = weights_file(name, weights)
-        with torch.device("meta"):  # the file brings every number; drawing them first would take longer than reading
-            network = kind(name, weights_digest(name, weights))
-        load_weights(network.net, path, DOWNLOADS[name].title, kind.UNUSED)
-    network.freeze()
-    return network
-
-
-def _drawn(kind: type[ScoringNetwork], name: str, seed: int) -> ScoringNetwork:
-    """Return the architecture with weights drawn from ``seed``, for each name its own.
-
-    As the libraries draw them, deep networks without trained batch norms give almost the same tiny vector for every
-    image: convolutions keep the size of what passes through them instead (He et al. 2015, Eq. 10).
-    """
-    stream = int.from_bytes(hashlib.sha256(f"{name} {seed}".encode()).digest()[:8], "little")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream)
-        network = kind(name, f"random-{seed}")
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return network
+    """Return a judge by its name in protocols; arguments and errors as of :meth:`ScoringNetwork.loaded`."""
+    return _CLASSES[name].loaded(name, weights, random_seed)
 
 
 @contextmanager
