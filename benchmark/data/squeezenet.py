@@ -7,37 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy._core import multiarray
 from torch import Tensor, nn
 from torchvision.models import squeezenet1_1
 
 from benchmark.errors import UserError
+from benchmark.restricted_pickle import as_array, read, refusing
 
 SHA256 = "f286bbf493e6389979ed3036f960f4404e0079acdb92156500df0d4a43d085f1"
 _FIRE = {name: index for name, index in zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True)}
 _MEAN_BGR = (104.0, 117.0, 123.0)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads a pickle of plain containers and numpy arrays; anything else in it is refused."""
-
-    ALLOWED = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): multiarray._reconstruct,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a weights file") from None
 
 
 def weights_path() -> Path:
@@ -63,8 +44,10 @@ class SqueezeNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = squeezenet1_1(weights=None).eval().requires_grad_(False)
-        with weights_path().open("rb") as file:
-            weights: dict[str, tuple[np.ndarray, np.ndarray]] = _ArrayUnpickler(file).load()
+        path = weights_path()
+        with refusing(path):
+            content = read(path.read_bytes())
+            weights = {name: (as_array(kernel), as_array(bias)) for name, (kernel, bias) in content.items()}
         layers = {"conv1": self.net.features[0], "conv10": self.net.classifier[1]}
         for number, index in _FIRE.items():
             for part, attribute in (("squeeze1x1", "squeeze"), ("expand1x1", "expand1x1"), ("expand3x3", "expand3x3")):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -130,8 +130,8 @@ class V2C:
         labels[voxels] = clusters
         return cls(labels, len(table), means, "table")
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; all but the arrays is JSON in its header, under "v2c"."""
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write one safetensors file; all but the arrays is JSON in its header, under "v2c", beside `metadata`."""
         tensors: dict[str, NDArray[Any]] = {"labels": self.labels}
         if self.means is not None:
             tensors["means"] = np.ascontiguousarray(self.means)
@@ -141,7 +141,7 @@ class V2C:
             "log_likelihood": self.log_likelihood,
             "converged": self.converged,
         }
-        save_file(tensors, path, metadata={"v2c": json.dumps(meta, sort_keys=True)})
+        save_file(tensors, path, metadata={**(metadata or {}), "v2c": json.dumps(meta, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path) -> V2C:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-
 import pytest
 import torch
 from torchvision.models import squeezenet1_1
@@ -12,17 +9,6 @@ from torchvision.models import squeezenet1_1
 from benchmark.data import squeezenet
 from benchmark.data.squeezenet import SqueezeNet
 from benchmark.errors import UserError
-
-
-class _Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("ran",)
-
-
-def test_a_pickle_that_would_run_code_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(pickle.UnpicklingError, match="builtins.print is not allowed"):
-        squeezenet._ArrayUnpickler(io.BytesIO(pickle.dumps(_Evil()))).load()
-    assert capsys.readouterr().out == ""
 
 
 def test_a_damaged_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
