@@ -14,7 +14,7 @@ batched or fast. What each paper does is stated in its own repository:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import comb
@@ -49,9 +49,9 @@ NORMALISATION = {
 # --- Preparation ------------------------------------------------------------------------------------------------------
 
 
-def to_tensor(picture: Picture) -> Tensor:
-    """1 x 3 x height x width in [0, 1], float32."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+def to_tensor(picture: Picture, dtype: torch.dtype = torch.float32) -> Tensor:
+    """1 x 3 x height x width in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(dtype) / 255
 
 
 def resize(image: Tensor, size: int, mode: str = "bilinear") -> Tensor:
@@ -76,19 +76,20 @@ class TensorPaper:
     """The reconstruction's share where a low-level reconstruction is mixed in."""
     clip_mode: str = "bilinear"
 
-    def image(self, picture: Picture, blurry: Picture | None = None) -> Tensor:
-        image = to_tensor(picture).clamp(0, 1)
+    def image(self, picture: Picture, blurry: Picture | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        image = to_tensor(picture, dtype).clamp(0, 1)
         if self.common is not None:
             image = resize(image, self.common)
         if blurry is not None:
             assert self.blend is not None and self.common is not None
-            image = image * self.blend + resize(to_tensor(blurry), self.common) * (1 - self.blend)
+            image = image * self.blend + resize(to_tensor(blurry, dtype), self.common) * (1 - self.blend)
         return image
 
-    def pixels(self, picture: Picture, blurry: Picture | None = None) -> Pixels:
-        return resize(self.image(picture, blurry), 425)[0].permute(1, 2, 0).numpy()
+    def pixels(self, picture: Picture, blurry: Picture | None = None, dtype: torch.dtype = torch.float64) -> Pixels:
+        """In double precision: the papers' single precision leaves up to some 1e-6 of rounding in an SSIM."""
+        return resize(self.image(picture, blurry, dtype), 425)[0].permute(1, 2, 0).numpy()
 
-    def network_input(self, network: str, picture: Picture, blurry: Picture | None = None) -> Tensor:
+    def network_image(self, network: str, picture: Picture, blurry: Picture | None = None) -> Tensor:
         size = {
             "alexnet": 256,
             "inception_v3": 342,
@@ -97,22 +98,21 @@ class TensorPaper:
             "swav_resnet50": 224,
         }[network]
         mode = self.clip_mode if network == "clip_vit_l14" else "bilinear"
-        return normalise(resize(self.image(picture, blurry), size, mode), network)
+        return resize(self.image(picture, blurry), size, mode)
 
 
 @dataclass(frozen=True)
 class PillowPaper:
     """A paper that resizes 8-bit files with Pillow: always antialiased on the way down, rounded to 8 bits."""
 
-    def pixels(self, picture: Picture, blurry: None = None) -> Pixels:
+    def pixels(self, picture: Picture, blurry: None = None, dtype: torch.dtype = torch.float64) -> Pixels:
         file = Image.fromarray(picture)
         if file.size != (425, 425):  # reconstructions; the truths are NSD's own 425 pixels
             file = file.resize((425, 425), Image.Resampling.BICUBIC)  # Image.resize's default since Pillow 7
         return np.array(file) / 255.0
 
-    def network_input(self, network: str, picture: Picture, blurry: None = None) -> Tensor:
-        file = Image.fromarray(picture).resize((224, 224), Image.Resampling.BILINEAR)
-        return normalise(to_tensor(np.array(file)), network)
+    def network_image(self, network: str, picture: Picture, blurry: None = None) -> Tensor:
+        return to_tensor(np.array(Image.fromarray(picture).resize((224, 224), Image.Resampling.BILINEAR)))
 
 
 Paper = TensorPaper | PillowPaper
@@ -205,18 +205,24 @@ def ssim_colour(truth: Pixels, recon: Pixels) -> float:
 
 
 def pixel_scores(
-    name: str, truths: Sequence[Picture], recons: Sequence[Picture], blurry: Sequence[Picture] | None = None
+    name: str,
+    truths: Sequence[Picture],
+    recons: Sequence[Picture],
+    blurry: Sequence[Picture] | None = None,
+    dtype: torch.dtype = torch.float64,
+    colours: int | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """PixCorr, SSIM and SSIM-color of every pair under the paper ``name``."""
+    """PixCorr and SSIM of every pair under the paper ``name``, SSIM-color of the first ``colours`` (None: all)."""
     paper = PAPERS[name]
     grey = ssim_columns if name == "brain-diffuser-skimage017" else ssim_grey
     scores: dict[str, list[float]] = {"PixCorr": [], "SSIM": [], "SSIM-color": []}
     for k in range(len(truths)):
-        truth = paper.pixels(truths[k])
-        recon = paper.pixels(recons[k]) if blurry is None else paper.pixels(recons[k], blurry[k])  # type: ignore[arg-type]
+        low = None if blurry is None else blurry[k]
+        truth, recon = paper.pixels(truths[k], None, dtype), paper.pixels(recons[k], low, dtype)  # type: ignore[arg-type]
         scores["PixCorr"].append(pixcorr(truth, recon))
         scores["SSIM"].append(grey(truth, recon))
-        scores["SSIM-color"].append(ssim_colour(truth, recon))
+        if colours is None or k < colours:
+            scores["SSIM-color"].append(ssim_colour(truth, recon))
     return {key: np.array(values) for key, values in scores.items()}
 
 
@@ -259,7 +265,8 @@ def features(
     rows = []
     for k, picture in enumerate(pictures):
         low = None if blurry is None else blurry[k]
-        rows.append(run(PAPERS[name].network_input(network, picture, low)))  # type: ignore[arg-type]
+        image = PAPERS[name].network_image(network, picture, low)  # type: ignore[arg-type]
+        rows.append(run(normalise(image, network)))
     return np.stack(rows)
 
 
@@ -335,13 +342,50 @@ def build(name: Literal["alexnet", "inception_v3", "clip_vit_l14", "efficientnet
 
 
 def lively(model: nn.Module, seed: int) -> nn.Module:
-    """Give batch norms statistics and scales other than 0 and 1, so that a network that ignores them is found out."""
+    """Draw weights under which every part matters: signals keep their size, batch norms have statistics of their own.
+
+    As the libraries draw them, deep networks give almost the same vector for every image, and batch norms with
+    statistics 0 and 1 would hide a network that ignores them.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan = module.weight[0].numel()
+            module.weight.copy_((2 / fan) ** 0.5 * torch.randn(module.weight.shape, generator=generator))
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.copy_(0.1 * torch.randn(module.num_features, generator=generator))
-            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
-            module.weight.copy_(0.8 + 0.4 * torch.rand(module.num_features, generator=generator))
-            module.bias.copy_(0.1 * torch.randn(module.num_features, generator=generator))
+            n = module.num_features
+            module.running_mean.copy_(0.1 * torch.randn(n, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(n, generator=generator))
+            module.weight.copy_(0.8 + 0.4 * torch.rand(n, generator=generator))
+            module.bias.copy_(0.1 * torch.randn(n, generator=generator))
     return model
+
+
+def openai_embedding(weights: Mapping[str, Tensor], heads: int, x: Tensor) -> Tensor:
+    """The image tower of OpenAI's CLIP from its published weights, operation by operation: B x 3 x 224 x 224 -> B x F.
+
+    Pre-norm blocks with the quick GELU; the class token after the last norm, projected, at its own length.
+    """
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    patches = weights["conv1.weight"]
+    x = torch.nn.functional.conv2d(x, patches, stride=patches.shape[-1]).flatten(2).transpose(1, 2)
+    x = torch.cat([weights["class_embedding"].expand(len(x), 1, -1), x], dim=1) + weights["positional_embedding"]
+    x = norm("ln_pre", x)
+    blocks = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("transformer.resblocks."))
+    for k in range(blocks):
+        block = f"transformer.resblocks.{k}"
+        y = norm(f"{block}.ln_1", x)
+        qkv = y @ weights[f"{block}.attn.in_proj_weight"].T + weights[f"{block}.attn.in_proj_bias"]
+        q, k_, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        attention = torch.softmax(q @ k_.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1)
+        x = x + linear(f"{block}.attn.out_proj", (attention @ v).transpose(1, 2).flatten(2))
+        y = linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x))
+        x = x + linear(f"{block}.mlp.c_proj", y * torch.sigmoid(1.702 * y))
+    return norm("ln_post", x[:, 0]) @ weights["proj"]
