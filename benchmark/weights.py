@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -49,6 +50,7 @@ class Download:
         sha256: of the publisher's file, as far as it is published: all 64 digits, the first 8 (torchvision writes them
             into its files' names), or none.
         licence: of the weights.
+        group: what the network is for; ``fetch`` gets a group at a time.
     """
 
     file: str
@@ -57,15 +59,15 @@ class Download:
     megabytes: float
     sha256: str
     licence: str
+    group: str = "scoring"
 
-    @property
-    def stem(self) -> str:
-        """The file's name without its ending."""
-        return Path(self.file).stem
+    def is_published(self, digest: str) -> bool | None:
+        """Return whether a file of this SHA-256 is the publisher's; None where no digest of it is published."""
+        return digest.startswith(self.sha256) if self.sha256 else None
 
 
 _TORCHVISION = "https://download.pytorch.org/models"
-_IMAGENET_TERMS = "BSD-3-Clause; trained on ImageNet (research use)"
+_IMAGENET_TERMS = "BSD-3-Clause; ImageNet's terms"  # torchvision: terms may follow from the data
 
 # Sizes and digests: torchvision.models.*_Weights (url, _file_size), the path of OpenAI's address. The digits after the
 # first 8 of AlexNet and Inception-v3 are those that several projects print for torchvision's files; SwAV's publisher
@@ -179,21 +181,21 @@ def weights_digest(name: str, folder: Path | None = None) -> str:
     return WEIGHTS[name][2] if name in WEIGHTS else file_digest(weights_file(name, folder))
 
 
-def chosen_downloads(names: str | None) -> list[str]:
-    """Return the networks that a comma-separated list names; all for None.
+def chosen_downloads(names: str) -> list[str]:
+    """Return the networks of :data:`DOWNLOADS` that a comma-separated list of networks and groups names.
 
     Raises:
-        UserError: one of them is not in :data:`DOWNLOADS`, or none is named.
+        UserError: there is no such network or group, or none is named.
     """
-    if names is None:
-        return list(DOWNLOADS)
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    for name in chosen:
-        if name not in DOWNLOADS:
-            hint = did_you_mean(name, DOWNLOADS) or f"; there are {', '.join(DOWNLOADS)}"
-            raise UserError(f"no weights file for a network '{name}'{hint}")
+    groups = list(dict.fromkeys(download.group for download in DOWNLOADS.values()))
+    chosen: list[str] = []
+    for name in filter(None, map(str.strip, names.split(","))):
+        if name not in DOWNLOADS and name not in groups:
+            hint = did_you_mean(name, [*DOWNLOADS, *groups]) or f"; there are {', '.join([*groups, *DOWNLOADS])}"
+            raise UserError(f"--only: no weights file '{name}'{hint}")
+        chosen += [own for own, download in DOWNLOADS.items() if name in (own, download.group)]
     if not chosen:
-        raise UserError(f"no network named; there are {', '.join(DOWNLOADS)}")
+        raise UserError(f"--only names no network; there are {', '.join([*groups, *DOWNLOADS])}")
     return list(dict.fromkeys(chosen))
 
 
@@ -223,9 +225,9 @@ def _installed_file(name: str) -> Path:
 
 
 def _downloaded_file(name: str, folder: Path | None) -> Path | None:
-    download, base = DOWNLOADS[name], weights_folder(folder)
-    names = dict.fromkeys([download.file, *(download.stem + suffix for suffix in _SUFFIXES)])
-    return next((base / candidate for candidate in names if (base / candidate).is_file()), None)
+    documented = weights_folder(folder) / DOWNLOADS[name].file
+    candidates = [documented, *(documented.with_suffix(suffix) for suffix in _SUFFIXES)]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _how_to_get(names: Sequence[str], folder: Path | None) -> str:
@@ -234,7 +236,7 @@ def _how_to_get(names: Sequence[str], folder: Path | None) -> str:
     total = sum(DOWNLOADS[name].megabytes for name in names)
     return (
         f"{base}: weights missing: {files}; name their folder with --weights DIR, or type (downloads {total:.0f} MB):\n"
-        f"python -m benchmark.networks fetch {base} --only {','.join(names)}"
+        f"python -m benchmark.networks fetch {shlex.quote(str(base))} --only {','.join(names)}"
     )
 
 

@@ -106,7 +106,8 @@ def scoring_backbones(
     else:
         asked = "the networks asked for"
         names = list(protocol_name_or_networks)
-    known, other = (DOWNLOADS, "demo") if kind == "paper" else (WEIGHTS, "paper")
+    judges = [name for name, download in DOWNLOADS.items() if download.group == "scoring"]
+    known, other = (judges, "demo") if kind == "paper" else (list(WEIGHTS), "paper")
     for name in names:
         if name not in known:
             raise UserError(
