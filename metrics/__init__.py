@@ -10,8 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metrics.cache import TruthCache
+    from metrics.calibration import analytic_chance, chance_and_ceiling
     from metrics.cards import CARDS, KEYS, Card, card, format_value
-    from metrics.evaluate import Backbone, Scores, TruthCache, aggregates, slot_features
+    from metrics.evaluate import Backbone, Scores, aggregates, slot_features, subset
     from metrics.identification import (
         correlation_distance,
         correlation_matrix,
@@ -22,13 +24,16 @@ if TYPE_CHECKING:
         two_way,
         wins,
     )
+    from metrics.images import Images
     from metrics.perceptual import lpips_heads, perceptual_distance
     from metrics.pixel import pixcorr, ssim
     from metrics.protocols import PROTOCOLS, Protocol, get_protocol, protocol_hash
 
 _HOME = {
+    "cache": ("TruthCache",),
+    "calibration": ("analytic_chance", "chance_and_ceiling"),
     "cards": ("CARDS", "KEYS", "Card", "card", "format_value"),
-    "evaluate": ("Backbone", "Scores", "TruthCache", "aggregates", "slot_features"),
+    "evaluate": ("Backbone", "Scores", "aggregates", "slot_features", "subset"),
     "identification": (
         "correlation_distance",
         "correlation_matrix",
@@ -39,6 +44,7 @@ _HOME = {
         "two_way",
         "wins",
     ),
+    "images": ("Images",),
     "perceptual": ("lpips_heads", "perceptual_distance"),
     "pixel": ("pixcorr", "ssim"),
     "protocols": ("PROTOCOLS", "Protocol", "get_protocol", "protocol_hash"),
@@ -51,11 +57,14 @@ __all__ = [
     "PROTOCOLS",
     "Backbone",
     "Card",
+    "Images",
     "Protocol",
     "Scores",
     "TruthCache",
     "aggregates",
+    "analytic_chance",
     "card",
+    "chance_and_ceiling",
     "correlation_distance",
     "correlation_matrix",
     "format_value",
@@ -69,6 +78,7 @@ __all__ = [
     "protocol_hash",
     "slot_features",
     "ssim",
+    "subset",
     "top1",
     "two_way",
     "wins",

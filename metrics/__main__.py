@@ -5,90 +5,187 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from metrics.cards import CARDS
-from metrics.protocols import PROTOCOLS, Protocol
+from metrics.protocols import PROTOCOLS, Protocol, Resize, Slot, get_protocol
+
+_LABEL, _COLUMN = 16, 16  # least widths of a table's first and other columns
+_SAME = "="
+_LEGEND = (
+    "Sizes in pixels, of tensors without antialiasing; AA: with it; PIL: of 8-bit images by PIL, which always"
+    " antialiases. A metric's own size comes last. Size in print: of the reconstructions that were scored there."
+)
 
 
 def cards_table() -> Table:
     """Return the metrics' cards, one row a metric."""
-    table = Table(title="Metrics as published", title_justify="left")
-    for heading in ("key", "", "what it is", "range", "size", "network, layer", "version", "reference"):
+    table = Table(title="Metrics as published", title_justify="left", show_lines=True)
+    for heading in ("key", "what it is", "range", "network, layer", "reference"):
         table.add_column(heading)
     for card in CARDS.values():
         high = "" if card.high is None else f"{card.high:g}"
-        network = f"{card.network}, {card.layer}" if card.network else "-"
+        network = f"{card.network}, {card.layer}, at {card.input_size} px" if card.network else f"{card.input_size} px"
         table.add_row(
-            card.key,
-            card.arrow,
-            card.name,
+            f"{card.key} {card.arrow}",
+            f"{card.name} (version {card.version})",
             f"{card.low:g} .. {high}",
-            card.input_size,
             network,
-            card.version,
             card.reference,
         )
     return table
 
 
-def protocols_table() -> Table:
-    """Return the protocols side by side, one column a protocol."""
-    table = Table(title="Protocols", title_justify="left", show_lines=True)
-    table.add_column("")
-    columns = [_column(protocol) for protocol in PROTOCOLS.values()]
-    for name in PROTOCOLS:
-        table.add_column(name)
-    for row in columns[0]:
-        table.add_row(row, *(column[row] for column in columns))
+def protocols_report(protocols: Sequence[Protocol], width: int, sources: bool = True) -> Group:
+    """Return the protocols side by side, one column a protocol, in as many tables as ``width`` characters ask for.
+
+    Every table begins with the first protocol; of the others it shows what differs from that one. What is the same in
+    all is told once, below. A single protocol is shown whole.
+    """
+    if len(protocols) == 1:
+        return Group(_whole(protocols[0]))
+    facts = {protocol.name: _facts(protocol) for protocol in protocols}
+    labels = list(dict.fromkeys(label for column in facts.values() for label in column))
+    rows = {label: tuple(column.get(label, "-") for column in facts.values()) for label in labels}
+    differing = _merged({label: row for label, row in rows.items() if len(set(row)) > 1})
+    same = {label: row[0] for label, row in rows.items() if len(set(row)) == 1}
+
+    names = list(facts)
+    parts: list[RenderableType] = [_grid({protocol.name: protocol.title for protocol in protocols}), ""]
+    per_table = max(1, (width - _LABEL - 4) // (_COLUMN + 3) - 1)  # 3: a column's border and padding
+    tables = -(-(len(names) - 1) // per_table)
+    for k in range(tables):
+        shown = range(1 + k * (len(names) - 1) // tables, 1 + (k + 1) * (len(names) - 1) // tables)
+        table = Table()
+        table.add_column("", min_width=_LABEL)
+        for column in (0, *shown):
+            table.add_column(_folded(names[column]), min_width=_COLUMN)
+        for label, row in differing.items():
+            table.add_row(label, row[0], *(_SAME if row[c] == row[0] else Text(row[c], style="bold") for c in shown))
+        parts.append(table)
+    parts.append(f"{_SAME}  as {names[0]}. {_LEGEND}")
+    if same:
+        parts += ["", "The same in all of these:", _grid(same)]
+    if sources:
+        parts += ["", "Sources:", _grid({protocol.name: protocol.source for protocol in protocols})]
+    return Group(*parts)
+
+
+def _merged(rows: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Put labels whose rows are equal on one line, in the place of the first."""
+    labels: dict[tuple[str, ...], list[str]] = {}
+    for label, row in rows.items():
+        labels.setdefault(row, []).append(label)
+    return {", ".join(own): row for row, own in labels.items()}
+
+
+def _folded(name: str) -> str:
+    start, hyphen, end = name.rpartition("-")
+    return f"{start}{hyphen}\n{end}" if len(name) > _COLUMN else name
+
+
+def _grid(entries: Mapping[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    for name, what in entries.items():
+        table.add_row(name, what)
     return table
 
 
-def _column(protocol: Protocol) -> dict[str, str]:
-    def size(resize: object) -> str:
-        return str(resize) if resize is not None else "as they are"
-
-    ssim = protocol.ssim
-    count = f"{protocol.n_images}: " if protocol.n_images else ""
-    column = {
-        "what it is": protocol.title,
-        "source": protocol.source,
-        "test images": f"{count}{protocol.images}",
-        "truth": size(protocol.truth),
-        "reconstruction": size(protocol.recon),
-        "then both": size(protocol.common),
-        "blend": "none" if protocol.blend is None else f"{protocol.blend:g} of the reconstruction",
-        "PixCorr": f"RGB jointly, {size(protocol.pixcorr)}",
-        "SSIM, SSIM-color": f"{ssim.flavour}, Gaussian {ssim.sigma:g}, {size(ssim.resize)}",
-        "identification": f"{protocol.identification.similarity}, {protocol.identification.direction}, "
-        f"ties {'lose' if protocol.identification.ties == 'strict' else 'count half'}",
+def _whole(protocol: Protocol) -> Table:
+    table = Table(title=f"{protocol.name}: {protocol.title}", title_justify="left", show_header=False)
+    facts = {
+        "test images": protocol.images,
+        **_facts(protocol),
         "retrieval": protocol.retrieval.sentence,
-        "constant image": f"correlation counts as {protocol.constant}",
+        "weights": "\n".join(f"{network.title}: {network.weights}" for network in protocol.networks.values()),
+        "sizes": _LEGEND,
+        "source": protocol.source,
     }
-    for key in CARDS:
-        if key in protocol.slots:
-            slot = protocol.slots[key]
-            column[key] = f"{slot.sentence}\n{slot.network} {' '.join(slot.layers)}; {size(slot.resize)}"
-    column["weights"] = "\n".join(f"{name}: {network.weights}" for name, network in protocol.networks.items())
-    return column
+    for label, fact in facts.items():
+        table.add_row(label, fact)
+    return table
+
+
+def _facts(protocol: Protocol) -> dict[str, str]:
+    """Everything that decides a score under ``protocol``, in as few words as will do."""
+    ssim, rule, pool = protocol.ssim, protocol.identification, protocol.retrieval
+    slots = {key: protocol.slots[key] for key in CARDS if key in protocol.slots}
+    window = 2 * int(ssim.truncate * ssim.sigma + 0.5) + 1
+    return {
+        "images": str(protocol.n_images or "any"),
+        "size in print": f"{protocol.recon_size} px" if protocol.recon_size else "any",
+        "truths": _size(protocol.truth),
+        "reconstructions": _size(protocol.recon),
+        "then both": _size(protocol.common),
+        "blend": f"{protocol.blend:g} : {1 - protocol.blend:g} low-level" if protocol.blend else "-",
+        "PixCorr": _size(protocol.pixcorr),
+        "SSIM": _size(ssim.resize),
+        "SSIM-color": _size(ssim.resize),
+        **{key: _size(slot.resize) for key, slot in slots.items()},
+        "SSIM of grey": {"2d": "in 2-D", "columns": "column by column"}[ssim.flavour],
+        "SSIM window": f"Gaussian, sigma {ssim.sigma:g}, {window} px",
+        **{f"{key} by": _judge(protocol, slot) for key, slot in slots.items()},
+        "identification": f"by {rule.similarity.capitalize()} correlation, {rule.direction}",
+        "ties": {"strict": "lose", "half": "count half"}[rule.ties],
+        "retrieval among": "test images" if pool.pool == "test-set" else f"{pool.n} with distractors",
+        "constant images": {"nan": "no value (NaN)", "zero": "correlate by 0"}[protocol.constant],
+        "not in print": ", ".join(protocol.extra) or "-",
+    }
+
+
+def _judge(protocol: Protocol, slot: Slot) -> str:
+    layers = slot.layers[0] if len(slot.layers) == 1 else f"{len(slot.layers)} layers"
+    heads = f", weighed as {slot.heads.name}" if slot.heads else ""
+    averaged = ", averaged over places" if slot.reduce == "mean" else ""
+    return f"{protocol.networks[slot.network].title}, {layers}{averaged}{heads}"
+
+
+def _size(resize: Resize | None) -> str:
+    if resize is None:
+        return "as they are"
+    how = " PIL" if resize.engine == "pil" else " AA" if resize.antialias else ""
+    return f"{resize.size} {resize.filter}{how}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table that was asked for; return the exit status."""
-    tables = {"list": cards_table, "protocols": protocols_table}
     parser = argparse.ArgumentParser(prog="python -m metrics", description="What is measured, and how.")
     parser.add_argument("what", metavar="{list,protocols}", help="the metrics' cards, or the protocols side by side")
-    what = parser.parse_args(argv).what
-    if what not in tables:
-        near = difflib.get_close_matches(what, list(tables), n=1, cutoff=0.4)
+    parser.add_argument(
+        "names", metavar="PROTOCOL", nargs="*", help=f"of {', '.join(PROTOCOLS)}; all published ones by default"
+    )
+    given = parser.parse_args(argv)
+    console = Console()
+    if given.what not in ("list", "protocols"):
+        near = difflib.get_close_matches(given.what, ["list", "protocols"], n=1, cutoff=0.4)
         hint = f" (did you mean '{near[0]}'?)" if near else "; there are 'list' and 'protocols'"
-        print(f"python -m metrics: nothing called '{what}'{hint}", file=sys.stderr)
-        return 2
-    Console().print(tables[what]())
+        return _refused(f"python -m metrics knows nothing called '{given.what}'{hint}")
+    if given.what == "list":
+        if given.names:
+            return _refused(f"'list' takes no names; did you mean: python -m metrics protocols {given.names[0]}")
+        console.print(cards_table())
+        return 0
+    published = [name for name, protocol in PROTOCOLS.items() if protocol.track == "paper"]
+    try:
+        chosen = [get_protocol(name) for name in dict.fromkeys(given.names or published)]
+    except ValueError as error:
+        return _refused(str(error))
+    console.print(protocols_report(chosen, console.width, sources=bool(given.names)))
+    if not given.names:
+        console.print(
+            "\nSources, and what is inferred: python -m metrics protocols NAME. The miniature NSD has its own: demo."
+        )
     return 0
+
+
+def _refused(why: str) -> int:
+    print(f"error: {why}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from metrics.identification import (
 )
 from metrics.images import Checked, Images, Reordered, acting, as_tensor, resized
 from metrics.perceptual import lpips_heads, perceptual_distance
-from metrics.pixel import pixcorr, ssim
+from metrics.pixel import PIXEL_KEYS, pixel_scores
 from metrics.protocols import Protocol, Resize, Slot
 
 Progress = Callable[[str, int, int], None]
@@ -40,7 +40,6 @@ Id = int | str
 Source = tuple[str, str]  # layer, reduce
 Side = Literal["truth", "recon"]
 
-_PIXEL_KEYS = ("PixCorr", "SSIM", "SSIM-color")
 _SIDES: tuple[Side, Side] = ("truth", "recon")
 
 
@@ -189,7 +188,7 @@ def evaluate(
         progress=progress or (lambda what, done, total: None),
     )
     found = _Found()
-    if pixel_keys := [key for key in _PIXEL_KEYS if key in wanted]:
+    if pixel_keys := [key for key in PIXEL_KEYS if key in wanted]:
         found.values.update(run.pixel_metrics(pixel_keys, threads or torch.get_num_threads()))
     if "PixCorr" in wanted:
         found.values["PixCorr"] = found.settled("PixCorr", found.values["PixCorr"], protocol)
@@ -372,40 +371,32 @@ class _Run:
 
     def pixel_metrics(self, keys: Sequence[str], threads: int) -> dict[str, Floats]:
         spec = self.protocol.ssim
-        sizes = {self.protocol.pixcorr if key == "PixCorr" else spec.resize for key in keys}
+        by_size: dict[Resize | None, list[str]] = {}
+        for key in keys:
+            by_size.setdefault(self.protocol.pixcorr if key == "PixCorr" else spec.resize, []).append(key)
 
         def one(row: int) -> dict[str, float]:
             # In float64, one pair at a time: fastest (it stays in the cache), and the smallest.
-            chunk = slice(row, row + 1)
+            values: dict[str, float] = {}
             with torch.inference_mode():
-                truth, recon = (self.prepared(chunk, side, torch.float64) for side in _SIDES)
-                sized = {r: (_as_images(resized(truth, r)), _as_images(resized(recon, r))) for r in sizes}
-            for x, y in sized.values():
-                if x.shape != y.shape:
-                    raise ValueError(
-                        f"image {self.ids[row]}: the truth has {x.shape[1]} pixels a side, the reconstruction"
-                        f" {y.shape[1]}; protocol '{self.protocol.name}' brings them to no common size"
-                    )
-            values = {}
-            if "PixCorr" in keys:
-                values["PixCorr"] = pixcorr(*sized[self.protocol.pixcorr])
-            if "SSIM" in keys:
-                values["SSIM"] = ssim(*sized[spec.resize], spec=spec)
-            if "SSIM-color" in keys:
-                values["SSIM-color"] = ssim(*sized[spec.resize], colour=True, spec=spec)
-            return {key: float(value[0]) for key, value in values.items()}
+                pair = [self.prepared(slice(row, row + 1), side, torch.float64) for side in _SIDES]
+                for resize, own in by_size.items():
+                    truth, recon = (resized(x, resize)[0].movedim(0, -1).cpu().numpy() for x in pair)
+                    if truth.shape != recon.shape:
+                        raise ValueError(
+                            f"image {self.ids[row]}: the truth has {len(truth)} pixels a side, the reconstruction"
+                            f" {len(recon)}; protocol '{self.protocol.name}' brings them to no common size"
+                        )
+                    values.update(pixel_scores(truth, recon, own, spec))
+            return values
 
         table = {key: np.empty(len(self.ids)) for key in keys}
         with ThreadPoolExecutor(max(1, threads)) as pool:
-            try:
-                for row, values in enumerate(pool.map(one, range(len(self.ids)))):
-                    for key, value in values.items():
-                        table[key][row] = value
-                    if (row + 1) % self.batch == 0 or row + 1 == len(self.ids):
-                        self.progress("pixels", row + 1, len(self.ids))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            for row, values in enumerate(pool.map(one, range(len(self.ids)))):
+                for key, value in values.items():
+                    table[key][row] = value
+                if (row + 1) % self.batch == 0 or row + 1 == len(self.ids):
+                    self.progress("pixels", row + 1, len(self.ids))
         return table
 
     def network_metrics(
@@ -580,10 +571,6 @@ class _Run:
         if side == "recon" and self.blurry is not None:
             key = (*key, self.protocol.blend, *prepared(self.blurry))
         return (*key, backbone.digest, torch.device(self.device).type, *source)
-
-
-def _as_images(tensor: Tensor) -> Floats:
-    return np.ascontiguousarray(tensor.movedim(1, -1).cpu().numpy())
 
 
 def _reduced(features: Tensor, reduce: str) -> Tensor:

@@ -151,7 +151,7 @@ class Checked:
 def as_tensor(images: NDArray[Any], dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """Return (B, H, W, 3), uint8 or in [0, 1], as (B, 3, H, W) in [0, 1]."""
     tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device).movedim(-1, 1)
-    return tensor.to(dtype) / 255 if images.dtype == np.uint8 else tensor.to(dtype)
+    return tensor.to(dtype).div_(255) if images.dtype == np.uint8 else tensor.to(dtype)
 
 
 def acting(steps: Sequence[Resize | None], size: int) -> tuple[Resize, ...]:

@@ -293,8 +293,8 @@ _LPIPS_ALEX = Heads(
 # CLIP last: it costs four fifths of a whole evaluation, and everything else is known by then.
 _NETWORKS = {
     "alexnet": Network(weights="torchvision IMAGENET1K_V1", title="AlexNet"),
-    "efficientnet_b1": Network(weights="torchvision IMAGENET1K_V2", title="EfficientNet-B1"),
-    "efficientnet_b1_v1": Network(weights="torchvision IMAGENET1K_V1", title="EfficientNet-B1"),
+    "efficientnet_b1": Network(weights="torchvision IMAGENET1K_V2", title="EfficientNet-B1 (V2 weights)"),
+    "efficientnet_b1_v1": Network(weights="torchvision IMAGENET1K_V1", title="EfficientNet-B1 (V1 weights)"),
     "swav_resnet50": Network(weights="facebookresearch/swav resnet50, 800 epochs", title="SwAV ResNet-50"),
     "inception_v3": Network(weights="torchvision IMAGENET1K_V1", title="Inception-v3"),
     "clip_vit_l14": Network(weights="OpenAI ViT-L/14", title="CLIP ViT-L/14"),
@@ -310,38 +310,31 @@ def _slots(
     swav: Resize,
     lpips: Resize,
     top1: str,
-    efficientnet_weights: Literal["V1", "V2"] = "V2",
+    efficientnet_network: str = "efficientnet_b1",
 ) -> dict[str, Slot]:
     """Return the eight slots that the published networks fill, from the size at which each network gets its images."""
+
+    def slot(measure: Measure, network: str, layer: str, what: str, resize: Resize, among: str = "") -> Slot:
+        size = f"{resize.size} px{' (bicubic)' if resize.filter == 'bicubic' else ''}"
+        sentence = f"{_NETWORKS[network].title}, {what}, at {size}{among}"
+        return Slot(measure, network, (layer,), resize, "flatten", sentence)
+
     relus = tuple(f"features.{k}" for k in (1, 4, 7, 9, 11))
-    efficientnet_name = "efficientnet_b1" if efficientnet_weights == "V2" else "efficientnet_b1_v1"
-
-    def slot(measure: Measure, network: str, layer: str, resize: Resize, what: str) -> Slot:
-        at = f"at {resize.size} px{' (bicubic)' if resize.filter == 'bicubic' else ''}"
-        return Slot(measure, network, (layer,), resize, "flatten", what.format(at=at))
-
-    embedding = "CLIP ViT-L/14, image embedding, {at}"
     return {
-        "Alex(2)": slot("identification", "alexnet", "features.4", alexnet, "AlexNet, ReLU 2, {at}"),
-        "Alex(5)": slot("identification", "alexnet", "features.11", alexnet, "AlexNet, ReLU 5, {at}"),
-        "Incep": slot("identification", "inception_v3", "avgpool", inception, "Inception-v3, average pool, {at}"),
-        "CLIP": slot("identification", "clip_vit_l14", "embedding", clip, embedding),
-        "Eff": slot(
-            "distance",
-            efficientnet_name,
-            "avgpool",
-            efficientnet,
-            f"EfficientNet-B1 ({efficientnet_weights} weights), average pool, {{at}}",
-        ),
-        "SwAV": slot("distance", "swav_resnet50", "avgpool", swav, "SwAV ResNet-50, average pool, {at}"),
-        "CLIP-1000": slot("retrieval", "clip_vit_l14", "embedding", clip, f"{embedding}; {top1}"),
+        "Alex(2)": slot("identification", "alexnet", "features.4", "ReLU 2", alexnet),
+        "Alex(5)": slot("identification", "alexnet", "features.11", "ReLU 5", alexnet),
+        "Incep": slot("identification", "inception_v3", "avgpool", "average pool", inception),
+        "CLIP": slot("identification", "clip_vit_l14", "embedding", "image embedding", clip),
+        "Eff": slot("distance", efficientnet_network, "avgpool", "average pool", efficientnet),
+        "SwAV": slot("distance", "swav_resnet50", "avgpool", "average pool", swav),
+        "CLIP-1000": slot("retrieval", "clip_vit_l14", "embedding", "image embedding", clip, f"; {top1}"),
         "LPIPS": Slot(
             "perceptual",
             "alexnet",
             relus,
             lpips,
             "maps",
-            f"LPIPS v0.1, AlexNet, at {lpips.size} px",
+            f"{_LPIPS_ALEX.name}, at {lpips.size} px",
             heads=_LPIPS_ALEX,
         ),
     }
@@ -372,7 +365,7 @@ _BRAIN_IT_SLOTS = _slots(
 )
 _BRAIN_DIFFUSER_SLOTS = _slots(
     **dict.fromkeys(("alexnet", "inception", "clip", "efficientnet", "swav", "lpips"), _pil(224, "bilinear")),
-    efficientnet_weights="V1",
+    efficientnet_network="efficientnet_b1_v1",
     top1="top-1 among the test images",
 )
 _NEUROPICTOR_SLOTS = _slots(
