@@ -1,0 +1,102 @@
+"""What ``python -m benchmark.perf`` measures, by name, and what an entry's module must offer. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Device = Literal["cpu", "cuda"]
+Side = Literal["ours", "reference"]
+SIDES: tuple[Side, ...] = ("ours", "reference")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How many times faster, and how many times smaller at its peak, ours should be on a device."""
+
+    faster: float
+    smaller: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One comparison.
+
+    Attributes:
+        name: what to type.
+        ours, reference: what the two sides are, for people.
+        module: where its parts are: the name of a :class:`Module`.
+        goals: by device; those are the devices it is measured on.
+    """
+
+    name: str
+    ours: str
+    reference: str
+    module: str
+    goals: Mapping[Device, Goal]
+
+
+ENTRIES: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            name="score",
+            ours="metrics.evaluate and metrics.identification, on 1000 image pairs, without the networks",
+            reference="the published way: all images at once, scikit-image, np.corrcoef of truths and reconstructions",
+            module="benchmark.perf.score",
+            goals={"cpu": Goal(faster=5.0, smaller=3.0)},
+        ),
+    )
+}
+"""Every entry by name."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Work that no implementation avoids: float32 operations (a multiply-add is two), and bytes read or written."""
+
+    operations: float
+    nbytes: float
+
+    def seconds(self, operations_per_s: float, bytes_per_s: float) -> float:
+        """Return how long a machine of these rates needs at least: the longer of the two."""
+        return max(self.operations / operations_per_s, self.nbytes / bytes_per_s)
+
+
+Results = dict[str, Any]  # name -> numpy array
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker hands to a part: whether the small correctness run is wanted, where to run, on how many threads."""
+
+    quick: bool
+    device: Device
+    threads: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an entry that is timed by itself.
+
+    Attributes:
+        name: shown in the table.
+        prepare: makes the inputs, the same ones in every process; not timed.
+        ours, reference: take the inputs and return named arrays; timed.
+        floor: the least work it takes.
+    """
+
+    name: str
+    prepare: Callable[[Job], Any]
+    ours: Callable[[Any, Job], Results]
+    reference: Callable[[Any, Job], Results]
+    floor: Callable[[Job], Floor]
+
+
+class Module(Protocol):
+    """What an entry's module defines. Importing it imports everything that either side needs; only workers do."""
+
+    PARTS: tuple[Part, ...]
+    TOLERANCES: Mapping[str, float]
+    """Result name -> largest difference allowed between the sides; 0 asks for equal values."""
