@@ -36,6 +36,8 @@ def build_parser() -> Parser:
     simulate.add_argument("directory", metavar="DIR", type=Path, help="where to; must be free, or hold the same data")
     photographs = "use the photographs in FOLDER (jpg, png, webp) instead of generated scenes"
     simulate.add_argument("--images", metavar="FOLDER", type=Path, help=photographs)
+    complete = "also what the paper uses and the demo does not: NSD-Synthetic, an Algonauts 2023 release, more surfaces"
+    simulate.add_argument("--complete", action="store_true", help=complete)
     for field in fields(SimulationSettings):
         simulate.add_argument(
             f"--{field.name}",
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
     started = time.monotonic()
     print(f"miniature NSD: {settings.subjects} subjects, seed {settings.seed}, into {args.directory}", file=sys.stderr)
-    result = simulate(args.directory, settings, args.images, Progress())
+    result = simulate(args.directory, settings, args.images, Progress(), complete=args.complete)
     used = result.settings
     print(
         f"{result.root}: {used.n_images} images ({used.shared} shared), {used.external} external, "

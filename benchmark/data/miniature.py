@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
-from scipy.io import savemat
 from threadpoolctl import threadpool_limits
 
 from benchmark.data import paths
@@ -37,6 +36,7 @@ from benchmark.data.brain import (
     surface_coordinates,
     truth_description,
 )
+from benchmark.data.companions import path_of, write_algonauts, write_mat, write_mgh, write_surfaces, write_synthetic
 from benchmark.data.photographs import Photographs
 from benchmark.data.scenes import Scene, render_scenes
 from benchmark.data.settings import SimulationSettings
@@ -93,7 +93,7 @@ def _one_thread_each() -> Iterator[Callable[[], None]]:
 
 
 class Miniature:
-    """One miniature NSD, to be written under ``root`` with ``workers`` threads."""
+    """One miniature NSD, to be written under ``root`` with ``workers`` threads; ``complete`` adds its companions."""
 
     def __init__(
         self,
@@ -102,9 +102,10 @@ class Miniature:
         photographs: Photographs | None,
         progress: Progress,
         workers: int,
+        complete: bool = False,
     ) -> None:
         self.root, self.settings, self.photographs = root, settings, photographs
-        self.progress, self.workers = progress, workers
+        self.progress, self.workers, self.complete = progress, workers, complete
         self.design = make_design(settings)
         rng = np.random.default_rng([settings.seed, 2])
         totals = np.rint(settings.voxels * rng.uniform(0.9, 1.1, settings.subjects)).astype(int)
@@ -124,14 +125,14 @@ class Miniature:
                 self._anatomy()
                 self._brains()
                 self._about()
+                if self.complete:
+                    self._companions()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
     def _path(self, relative: str) -> Path:
-        path = self.root / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return path_of(self.root, relative)
 
     def _make(self, start: int, stop: int) -> tuple[np.ndarray, list[Scene]]:
         """Return images ``start .. stop-1``; those after NSD's are the external ones."""
@@ -172,17 +173,8 @@ class Miniature:
 
     def _experiment(self) -> None:
         settings, design = self.settings, self.design
-        path = self._path(paths.DESIGN)
         columns = {"masterordering": design.order[None], "subjectim": design.seen, "sharedix": design.shared[None]}
-        savemat(
-            path,
-            {
-                name: (array + 1).astype(np.uint16 if array.max() < 2**16 - 1 else np.int32)
-                for name, array in columns.items()
-            },
-        )
-        with path.open("r+b") as file:  # the header's free text holds the time of day
-            file.write(b"MATLAB 5.0 MAT-file, miniature NSD".ljust(116))
+        write_mat(self._path(paths.DESIGN), columns)
 
         trial = np.zeros((settings.n_images, 8, 3), int)  # from 1; 0 = not seen
         for subject, seen in enumerate(design.seen):
@@ -246,6 +238,7 @@ class Miniature:
         with h5py.File(self.root / paths.STIMULI, "r") as file:
             images = file["imgBrick"][:]
         extractor = FeatureExtractor(images[:_CALIBRATION], settings.seed)
+        self.brains, self.extractor = brains, extractor
 
         def answer(job: tuple[np.ndarray, Sequence[int]]) -> list[np.ndarray]:
             ids, viewers = job
@@ -293,12 +286,12 @@ class Miniature:
                 full[:, voxels.vertex[columns[h]]] = betas[:, columns[h]]
                 if subject in (6, 8):
                     full[:, outside[h][:3]] = np.nan  # as in NSD, where these subjects lack some vertices
-                _write_mgh(self._path(paths.betas(subject, hemisphere, session)), full)
+                write_mgh(self._path(paths.betas(subject, hemisphere, session)), full)
                 sd = full.std(0)
                 scored[h].append((full - full.mean(0)) / np.where(sd > 0, sd, 1))
         for h, hemisphere in enumerate(paths.HEMISPHERES):
             ncsnr = estimate_ncsnr(np.concatenate(scored[h]), self.design.order)
-            _write_mgh(self._path(paths.ncsnr(subject, hemisphere)), ncsnr[None])
+            write_mgh(self._path(paths.ncsnr(subject, hemisphere)), ncsnr[None])
 
     def _about(self) -> None:
         """Write what the images show, what the brain is, and that all of it is simulated."""
@@ -317,8 +310,15 @@ class Miniature:
         images = "photographs of a folder" if self.photographs else "generated scenes"
         self._path("simulation/README.txt").write_text(_README.format(images=images, labels=labels))
 
-
-def _write_mgh(path: Path, values: np.ndarray) -> None:
-    """Write ``frames x vertices`` as FreeSurfer does: float32 (vertices, 1, 1, frames)."""
-    data = values.T.astype(np.float32)[:, None, None, :]
-    nib.save(nib.MGHImage(data if len(values) > 1 else data[..., 0], np.eye(4)), path)
+    def _companions(self) -> None:
+        """Write what lies beside NSD: made last, of what is there, so that it changes nothing of it."""
+        write_surfaces(self.root, self.mesh)
+        write_synthetic(
+            self.root,
+            self.settings.seed,
+            self.settings.size,
+            self.brains,
+            len(self.mesh.sphere),
+            self.extractor,
+        )
+        write_algonauts(self.root, self.progress)

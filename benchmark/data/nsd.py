@@ -82,7 +82,6 @@ class NSD(Tree):
         super().__init__(root)
         self.kind = "miniature" if (root / paths.SETTINGS).is_file() else "nsd"
         self.release = release
-        self.published = False
         self.n_images = 0
         self.sessions: dict[int, int] = {}
         self.trials_per_session = 0

@@ -40,6 +40,7 @@ def simulate(
     images: Path | str | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
+    complete: bool = False,
 ) -> Simulated:
     """Write a miniature NSD into ``directory``, or reuse the one that is there when its settings are the same.
 
@@ -51,6 +52,7 @@ def simulate(
         images: folder of photographs to use instead of generated scenes.
         progress: shows bars; default: nothing.
         workers: threads; default: one for each processor, at most four.
+        complete: also write what the paper's data have beside NSD (``companions``); NSD's own files are the same.
 
     Raises:
         UserError: the directory holds something else, or the photographs are too few or unreadable.
@@ -70,6 +72,8 @@ def simulate(
         "used": asdict(used),
         "photographs": photographs.digest if photographs else None,
     }
+    if complete:
+        record["complete"] = True
     if _present(root):
         _check_reusable(root, asked, record)
         return Simulated(root, used, True, note)
@@ -80,8 +84,8 @@ def simulate(
         root.parent.mkdir(parents=True, exist_ok=True)
         _sweep_leftovers(root)
         partial.mkdir()
-        Miniature(partial, used, photographs, progress, workers or _processors()).write()
-        record["files"] = NSD.open(partial).file_digests
+        Miniature(partial, used, photographs, progress, workers or _processors(), complete).write()
+        record["files"] = _digests(partial, complete)
         (partial / paths.SETTINGS).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         partial.rename(root)
     except OSError as error:
@@ -124,14 +128,27 @@ def _check_reusable(root: Path, asked: SimulationSettings, record: dict[str, obj
         raise UserError(f"{root}: holds a miniature NSD with other settings ({different}); {again}")
     if there.get("photographs") != record["photographs"]:
         raise UserError(f"{root}: holds a miniature NSD with other images; {again}")
+    if there.get("complete", False) != record.get("complete", False):
+        what = "more than" if there.get("complete") else "not all of"
+        raise UserError(f"{root}: holds {what} what was asked for (--complete); {again}")
     if there.get("version") != record["version"]:
         raise UserError(f"{root}: was made by another version of this program; delete it: rm -r {root}")
-    now = NSD.open(root).file_digests
+    now = _digests(root, bool(record.get("complete")))
     changed = sorted(name for name in now.keys() | there["files"].keys() if now.get(name) != there["files"].get(name))
     if changed:
         raise UserError(
             f"{root / changed[0]}: was changed since it was made; make it anew: rm -r {root}, then the same command"
         )
+
+
+def _digests(root: Path, complete: bool) -> dict[str, str]:
+    """Return the digest of each file that a loader can read."""
+    digests = NSD.open(root).file_digests
+    if complete:
+        from benchmark.data.algonauts import Algonauts
+
+        digests = {**digests, **Algonauts.open(root).file_digests}
+    return digests
 
 
 def _sweep_leftovers(root: Path) -> None:

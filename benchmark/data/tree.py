@@ -31,6 +31,7 @@ class Tree:
         image_ids: NSD ids of the images that are present, ascending.
         shared_ids: NSD ids that every subject was to see, ascending.
         limits: what cannot be done with this data, a sentence each.
+        published: whether this is NSD itself, whose published numbers are asserted.
     """
 
     def __init__(self, root: Path) -> None:
@@ -41,6 +42,7 @@ class Tree:
         self.image_ids: np.ndarray = np.empty(0, np.int64)
         self.shared_ids: np.ndarray = np.empty(0, np.int64)
         self.limits: tuple[str, ...] = ()
+        self.published = False
         self.external = External(root / paths.EXTERNAL)
         self._n_vertices: dict[tuple[int, str], int] = {}
         self._masks: dict[tuple[int, str], np.ndarray] = {}  # vertices in use, ascending

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from benchmark.data.settings import SimulationSettings
 
 TINY = SimulationSettings(subjects=2, seed=3, size=32, shared=8, unique=12, external=6, voxels=80, sessions=3)
+COMPLETE = replace(TINY, unique=22, repeats=2)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +28,24 @@ def tiny_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(tmp_path_factory.mktemp("data") / "tiny", TINY, workers=2).root
 
 
+@pytest.fixture(scope="session")
+def complete_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another with NSD-Synthetic, an Algonauts release and more surfaces beside it; to read, not to change.
+
+    Three sessions of 20 trials; each subject sees 30 images twice, some of them in the last session only.
+    """
+    from benchmark.data.simulate import simulate
+
+    return simulate(tmp_path_factory.mktemp("data") / "complete", COMPLETE, workers=2, complete=True).root
+
+
 @pytest.fixture
 def broken(tiny_tree: Path, tmp_path: Path) -> Path:
     """A copy of the tree, to break."""
     return Path(shutil.copytree(tiny_tree, tmp_path / "broken"))
+
+
+@pytest.fixture
+def broken_complete(complete_tree: Path, tmp_path: Path) -> Path:
+    """A copy of the complete tree, to break."""
+    return Path(shutil.copytree(complete_tree, tmp_path / "broken"))

@@ -134,13 +134,37 @@ def test_a_tree_is_reused_when_it_is_the_same_and_refused_when_it_is_not(
         simulate(broken, tiny_settings)
 
 
+def test_a_complete_tree_has_more_beside_the_same_nsd(
+    complete_tree: Path, tiny_settings: SimulationSettings, tmp_path: Path
+) -> None:
+    used = json.loads((complete_tree / paths.SETTINGS).read_text())["used"]
+    plain = simulate(tmp_path / "plain", SimulationSettings(**used), workers=1).root
+    ours = {p.relative_to(plain): p.read_bytes() for p in plain.rglob("*") if p.is_file()}
+    for name, content in ours.items():
+        if str(name) != paths.SETTINGS:
+            assert (complete_tree / name).read_bytes() == content, name
+    more = {str(p.relative_to(complete_tree)) for p in complete_tree.rglob("*") if p.is_file()} - set(map(str, ours))
+    for expected in (
+        paths.synthetic_betas(2, "rh"),
+        paths.SYNTHETIC_DESIGN,
+        paths.algonauts_betas(1, "lh"),
+        paths.surface("rh", "sphere"),
+    ):
+        assert expected in more
+    assert simulate(complete_tree, SimulationSettings(**used), complete=True).reused
+    with pytest.raises(UserError, match=r"holds more than what was asked for \(--complete\)"):
+        simulate(complete_tree, SimulationSettings(**used))
+    with pytest.raises(UserError, match=r"holds not all of what was asked for \(--complete\)"):
+        simulate(plain, SimulationSettings(**used), complete=True)
+
+
 def test_a_full_disk_leaves_nothing(
     tmp_path: Path, tiny_settings: SimulationSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(miniature, "_write_mgh", full)
+    monkeypatch.setattr(miniature, "write_mgh", full)
     with pytest.raises(RunError, match="disk is full"):
         simulate(tmp_path / "tree", tiny_settings)
     assert list(tmp_path.iterdir()) == []
