@@ -51,6 +51,7 @@ class Download:
             into its files' names), or none.
         licence: of the weights.
         group: what the network is for; ``fetch`` gets a group at a time.
+        by_hand: ``url`` is a page with terms to agree to, from which the file is saved by hand.
     """
 
     file: str
@@ -60,6 +61,7 @@ class Download:
     sha256: str
     licence: str
     group: str = "scoring"
+    by_hand: bool = False
 
     def is_published(self, digest: str) -> bool | None:
         """Return whether a file of this SHA-256 is the publisher's; None where no digest of it is published."""
@@ -70,8 +72,8 @@ _TORCHVISION = "https://download.pytorch.org/models"
 _IMAGENET_TERMS = "BSD-3-Clause; ImageNet's terms"  # torchvision: terms may follow from the data
 
 # Sizes and digests: torchvision.models.*_Weights (url, _file_size), the path of OpenAI's address. The digits after the
-# first 8 of AlexNet and Inception-v3 are those that several projects print for torchvision's files; SwAV's publisher
-# gives none.
+# first 8 of AlexNet and Inception-v3 are those that several projects print for torchvision's files; the others'
+# publishers give none. The sizes of the last four are those of their parameters: float32, ZavyChromaXL's float16.
 DOWNLOADS: Mapping[str, Download] = {
     "alexnet": Download(
         file="alexnet.pth",
@@ -121,6 +123,52 @@ DOWNLOADS: Mapping[str, Download] = {
         megabytes=932.8,
         sha256="b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
         licence="MIT",
+    ),
+    "dinov2-vitl14-reg4": Download(
+        file="dinov2_vitl14_reg4.pth",
+        title="DINOv2 ViT-L/14 with registers",
+        url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
+        megabytes=1217.6,
+        sha256="",
+        licence="Apache-2.0",
+        group="method",
+    ),
+    "vgg16-bn": Download(
+        file="vgg16_bn.pth",
+        title="VGG-16 with batch norm, torchvision IMAGENET1K_V1",
+        url=f"{_TORCHVISION}/vgg16_bn-6c64b313.pth",
+        megabytes=553.5,
+        sha256="6c64b313",
+        licence=_IMAGENET_TERMS,
+        group="method",
+    ),
+    "openclip-bigg14": Download(
+        file="openclip_bigg14.pt",
+        title="OpenCLIP ViT-bigG/14, laion2b_s39b_b160k",
+        url="https://huggingface.co/laion/CLIP-ViT-bigG-14-laion2B-39B-b160k/resolve/main/open_clip_pytorch_model.bin",
+        megabytes=10159.0,
+        sha256="",
+        licence="MIT",
+        group="method",
+    ),
+    "sdxl-unclip": Download(
+        file="unclip6_epoch0_step110000.ckpt",
+        title="SDXL-unCLIP of MindEye2",
+        url="https://huggingface.co/datasets/pscotti/mindeyev2/resolve/main/unclip6_epoch0_step110000.ckpt",
+        megabytes=17700.0,
+        sha256="",
+        licence="MIT",
+        group="method",
+    ),
+    "zavychromaxl-v3": Download(
+        file="zavychromaxl_v30.safetensors",
+        title="ZavyChromaXL v3, a fine-tune of SDXL base",
+        url="https://civitai.com/models/119229/zavychromaxl",
+        megabytes=6938.0,
+        sha256="",
+        licence="CreativeML Open RAIL++-M",
+        group="method",
+        by_hand=True,
     ),
 }
 
@@ -252,6 +300,12 @@ def generator_digest() -> str:
     return hashlib.sha256(json.dumps([file_digest(GENERATOR / name) for name in GENERATOR_FILES]).encode()).hexdigest()
 
 
+def random_weights(name: str) -> tuple[str, int | None]:
+    """Return a network's name and, of ``NAME@random-SEED``, the seed that its weights are drawn from; else None."""
+    base, found, seed = name.partition("@random-")
+    return (base, int(seed)) if found and seed.isdecimal() else (name, None)
+
+
 def network_digests(names: Mapping[str, str]) -> dict[str, str]:
     """Return role -> SHA-256 of the weights, for fingerprints; ``names`` is role -> network.
 
@@ -259,10 +313,13 @@ def network_digests(names: Mapping[str, str]) -> dict[str, str]:
         UserError: a network that this release cannot load.
     """
     digests = {}
-    for role, name in names.items():
-        if name != "demo" and name not in WEIGHTS:
-            raise UserError(
-                f"networks.{role} is '{name}', which this release cannot load; it has {', '.join([*WEIGHTS, 'demo'])}"
-            )
-        digests[role] = generator_digest() if name == "demo" else weights_digest(name)
+    for role, full in names.items():
+        name, seed = random_weights(full)
+        if name != "demo" and name not in WEIGHTS and name not in DOWNLOADS:
+            known = ", ".join([*WEIGHTS, *DOWNLOADS, "demo"])
+            raise UserError(f"networks.{role} is '{name}', which this release cannot load; it has {known}")
+        if seed is not None:
+            digests[role] = f"random-{seed}"
+        else:
+            digests[role] = generator_digest() if name == "demo" else weights_digest(name)
     return digests

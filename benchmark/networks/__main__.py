@@ -115,6 +115,10 @@ def fetch_all(names: Sequence[str], folder: Path) -> int:
     progress = Progress()
     for name in names:
         download = DOWNLOADS[name]
+        if download.by_hand:
+            problems.append(RunError(f"{download.file}: save it by hand from {download.url} into {folder}"))
+            print(f"  not had: {problems[-1]}", flush=True)
+            continue
         print(f"{download.file}: {download.title}, {download.megabytes:.1f} MB, {download.licence}", flush=True)
         print(f"  from {download.url}", flush=True)
         try:

@@ -1,8 +1,8 @@
 """Read weights from files that others made, as data: no pickle and no TorchScript of theirs is run.
 
-Three kinds of file hold a network's tensors by name: ``safetensors``; what ``torch.save`` writes, which torch reads
-with its restricted unpickler (``weights_only``); and TorchScript archives, as OpenAI serves CLIP. torch can read the
-last only by loading the program in it, so here its zip file is opened and the tensors are taken out by hand.
+Three kinds of file hold a network's tensors by name: ``safetensors``; what ``torch.save`` writes of a state dict, which
+torch reads with its restricted unpickler (``weights_only``); and files that hold more, such as OpenAI's TorchScript
+archive of CLIP: torch could read those only by running what is in them, so ``benchmark.torch_file`` does.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmark.errors import UserError
+from benchmark.restricted_pickle import as_mapping
+from benchmark.torch_file import TorchFile
 
-_MOST_TENSORS = 100_000
 _WRAPPER = "module."
 _COUNTER = "num_batches_tracked"  # of batch norms; means nothing in evaluation mode, and old files lack it
 
@@ -113,21 +112,38 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
 
             with safe_open(path, framework="pt") as tensors:
                 return {name: tensors.get_tensor(name) for name in tensors.keys() if wanted(name)}
-        if not zipfile.is_zipfile(path):
-            return _state_dict(torch.load(path, map_location="cpu", weights_only=True), wanted)
-        with zipfile.ZipFile(path) as archive:
-            if _member(archive, "constants.pkl"):
-                return _TorchScript(archive, path.stat().st_size).tensors(wanted)
-        return _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True), wanted)
+        packed = zipfile.is_zipfile(path)
+        if packed and (path.suffix == ".ckpt" or _is_script(path)):
+            return _recorded(path, wanted)
+        return _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=packed), wanted)
+    except UserError:
+        raise
     except Exception as error:  # what a damaged file makes of its readers has no limits
-        refused = re.search(r"GLOBAL (\S+)|(\S+) is not allowed", str(error))
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(
-                f"{path}: holds more than tensors ({refused[1] or refused[2]}), and nothing in it is run;\n"
+                f"{path}: holds more than tensors ({refused[1]}), and nothing in it is run;\n"
                 "save the network's state_dict() alone, best as safetensors"
             ) from error
         short = str(error).strip().partition("\n")[0][:120] or type(error).__name__
         raise UserError(f"{path}: damaged, or not a network's weights ({short})") from error
+
+
+def _is_script(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(re.fullmatch(r"[^/]+/constants\.pkl", member) for member in archive.namelist())
+
+
+def _recorded(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Return the tensors of a file that holds more than a state dict.
+
+    Such are TorchScript archives, which torch reads only by loading the program in them, and training checkpoints, with
+    settings and callbacks beside their ``state_dict``.
+    """
+    file = TorchFile(path, script=True)
+    whole = as_mapping(file.content) or {}
+    found = file.contents(whole.get("state_dict", file.content)).tensors
+    return {name: tensor.load() for name, tensor in found.items() if wanted(name)}
 
 
 def _state_dict(content: object, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -140,125 +156,3 @@ def _state_dict(content: object, wanted: Callable[[str], bool]) -> dict[str, Ten
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise ValueError(f"its '{name}' is no tensor; save the network's state_dict() alone")
     return {name: value for name, value in content.items() if wanted(name)}
-
-
-# --- TorchScript ------------------------------------------------------------------------------------------------------
-
-_DTYPES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "BoolStorage": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """Where in the archive a tensor lies."""
-
-    record: str
-    dtype: torch.dtype
-    count: int  # of elements of its storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class _TorchScript:
-    """The tensors of a TorchScript archive.
-
-    ``data.pkl`` in it is a pickle of the module: objects of classes that the archive's program defines, whose states
-    map attributes to values. Here such objects come out as plain dicts, tensors as :class:`_Placed`, and anything else
-    that the pickle would call is refused.
-    """
-
-    def __init__(self, archive: zipfile.ZipFile, nbytes: int) -> None:
-        self.archive = archive
-        members = archive.infolist()
-        # Records are stored, not packed; so no archive can unfold to more than its own size.
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > nbytes:
-            raise ValueError("a TorchScript archive with packed or overlapping records")
-        order = _member(archive, "byteorder")
-        if order and archive.read(order).strip() != b"little":
-            raise ValueError("a TorchScript archive written on a big-endian machine")
-        pickled = _member(archive, "data.pkl")
-        if pickled is None:
-            raise ValueError("a TorchScript archive without data.pkl")
-        self.root = pickled.removesuffix("data.pkl")
-        self.pickled = pickled
-
-    def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Return the wanted tensors by their dotted names."""
-        with self.archive.open(self.pickled) as file:
-            module = _ModuleUnpickler(file).load()
-        placed: dict[str, _Placed] = {}
-        _walk(module, "", placed)
-        if not placed:
-            raise ValueError("a TorchScript archive without tensors")
-        return {name: self.read(place) for name, place in placed.items() if wanted(name)}
-
-    def read(self, place: _Placed) -> Tensor:
-        """Return one tensor; ``as_strided`` refuses to look beyond the bytes of its record."""
-        content = bytearray(self.archive.read(f"{self.root}data/{place.record}"))
-        if len(content) != place.count * place.dtype.itemsize:
-            raise ValueError(f"record {place.record} has {len(content)} bytes, not those of {place.count} numbers")
-        if not content:
-            return torch.zeros(place.size, dtype=place.dtype)
-        return torch.frombuffer(content, dtype=place.dtype).as_strided(place.size, place.stride, place.offset)
-
-
-class _Module(dict[str, Any]):
-    """State of a module in the archive: attribute -> value."""
-
-    def __setstate__(self, state: object) -> None:
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError("a module whose state is not a dict")
-        self.update(state)
-
-
-class _ModuleUnpickler(pickle.Unpickler):
-    """Reads what TorchScript pickles, and calls nothing that the pickle names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "__torch__":
-            return type("Module", (_Module,), {})  # its own each time: the pickle may set attributes of what it gets
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *arguments: _placed(*arguments)
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if (module, name) in _ATTRIBUTES or module == "torch.jit._pickle":
-            return lambda *arguments: None  # of lists, devices and hooks: no weights
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-
-    def persistent_load(self, pid: Any) -> tuple[str, torch.dtype, int]:
-        kind, dtype, record, _, count = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not re.fullmatch(r"\w+", str(record)):
-            raise pickle.UnpicklingError("a record that is no tensor's")
-        return str(record), dtype, int(count)
-
-
-_ATTRIBUTES = {("collections", "OrderedDict"), ("torch", "device")}
-
-
-def _placed(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Placed:
-    record, dtype, count = storage
-    return _Placed(record, dtype, count, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
-
-
-def _walk(module: _Module, prefix: str, into: dict[str, _Placed]) -> None:
-    """Collect the tensors of a module and of those in it, as ``state_dict`` names them."""
-    for name, value in module.items():
-        if isinstance(value, _Placed):
-            into[prefix + name] = value
-        elif isinstance(value, _Module):
-            _walk(value, f"{prefix}{name}.", into)
-        if len(into) > _MOST_TENSORS:
-            raise ValueError("a TorchScript archive whose modules repeat without end")
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> str | None:
-    """Return the path of a file of the archive's one top folder."""
-    return next((member for member in archive.namelist() if re.fullmatch(rf"[^/]+/{re.escape(name)}", member)), None)

@@ -1,7 +1,7 @@
 """The frozen networks that Brain-IT's targets come from: DINOv2 ViT-L/14, VGG-16-BN, OpenCLIP ViT-bigG/14.
 
-Each takes RGB in [0, 1] and takes out mean and deviation itself. Architectures are timm's, torchvision's and open_clip's;
-weights are read from files as their publishers serve them (``benchmark.weights.DOWNLOADS``).
+Each takes RGB in [0, 1] and takes out mean and deviation itself. Architectures are timm's, torchvision's and
+open_clip's; weights are read from files as their publishers serve them (``benchmark.weights.DOWNLOADS``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Vgg16Bn(ScoringNetwork):
     def taps(self, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return ``layers`` of normalised images, and compute nothing beyond the last of them."""
         found: dict[str, Tensor] = {}
-        for k, module in enumerate(self.net.features):
+        for k, module in enumerate(cast("nn.Sequential", self.net.features)):
             # Out of place: an in-place ReLU would overwrite the map before it, which may be asked for too.
             x = torch.relu(x) if isinstance(module, nn.ReLU) else module(x)
             if str(k) in layers:
@@ -67,7 +67,9 @@ class _DinoStem(nn.Module):
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
         self.patch_embed, self.norm_pre = vit.patch_embed, vit.norm_pre
-        self.cls_token, self.reg_token, self.pos_embed = vit.cls_token, vit.reg_token, vit.pos_embed
+        self.cls_token, self.reg_token, self.pos_embed = (
+            cast("nn.Parameter", token) for token in (vit.cls_token, vit.reg_token, vit.pos_embed)
+        )
         mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in IMAGENET)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)

@@ -7,13 +7,14 @@ Stability's ``generative-models`` (sgm); diffusers knows how they map to its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmark.errors import UserError
 from benchmark.networks.files import load_weights
 from benchmark.networks.seeded import seeded
 from benchmark.weights import DOWNLOADS, weights_file
@@ -73,29 +74,40 @@ def build_vae(config: Mapping[str, Any] = VAE) -> nn.Module:
 
 
 def unet_names(found: dict[str, Tensor], config: Mapping[str, Any] = UNET) -> dict[str, Tensor]:
-    """Return the UNet's tensors of an sgm checkpoint under diffusers' names; the others are left out."""
+    """Return an sgm checkpoint's UNet under diffusers' names; tensors that no name of diffusers' is for keep theirs."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    own = {name: tensor for name, tensor in found.items() if name.startswith(UNET_PREFIX)}
-    converted = convert_ldm_unet_checkpoint(own, dict(config)) if own else {}
-    return {**converted, **_not_taken(own, converted)}
+    return _renamed(found, lambda tensors: convert_ldm_unet_checkpoint(tensors, dict(config)))
 
 
 def vae_names(found: dict[str, Tensor], config: Mapping[str, Any] = VAE) -> dict[str, Tensor]:
-    """Return the autoencoder's tensors of an sgm checkpoint under diffusers' names; the others are left out."""
+    """Return an sgm checkpoint's autoencoder under diffusers' names; tensors that no name is for keep theirs."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    own = {name: tensor for name, tensor in found.items() if name.startswith(VAE_PREFIX)}
-    converted = convert_ldm_vae_checkpoint(own, dict(config)) if own else {}
-    return {**converted, **_not_taken(own, converted)}
+    return _renamed(found, lambda tensors: convert_ldm_vae_checkpoint(tensors, dict(config)))
 
 
-def _not_taken(own: dict[str, Tensor], converted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that the conversion passed over, so that whoever loads the rest refuses them by name."""
-    taken = {tensor.untyped_storage().data_ptr() for tensor in converted.values() if not tensor.is_meta}
-    if len(converted) == len(own):
-        return {}
-    return {name: tensor for name, tensor in own.items() if tensor.untyped_storage().data_ptr() not in taken}
+def _renamed(found: dict[str, Tensor], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    # diffusers passes over what it does not know, without a word. Numbered stand-ins tell what came through.
+    marked = {name: torch.full((1, 1, 1, 1), k, dtype=torch.float64) for k, name in enumerate(found)}
+    taken = {int(mark.flatten()[0]) for mark in convert(marked).values()}
+    converted = convert(dict(found))
+    return {**converted, **{name: tensor for k, (name, tensor) in enumerate(found.items()) if k not in taken}}
+
+
+def _refusing(
+    names: Callable[[dict[str, Tensor], Mapping[str, Any]], dict[str, Tensor]], config: Mapping[str, Any]
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return ``names`` for ``load_weights``: what diffusers looks for in vain becomes a refusal that names it."""
+
+    def convert(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return names(found, config)
+        except (LookupError, AttributeError, ValueError) as error:
+            missing = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else f"not of its family ({error})"
+            raise UserError(missing) from error
+
+    return convert
 
 
 def read_unclip(
@@ -119,10 +131,8 @@ def read_unclip(
         UserError: the file is missing, damaged or of another network; the message names the first tensor at fault.
     """
     made, encoder = build_unet(unet), build_vae(vae)
-    load_weights(
-        made, path, what, dtype=dtype, only=(UNET_PREFIX,), convert=lambda found: unet_names(found, unet)
-    )
-    load_weights(encoder, path, what, only=(VAE_PREFIX,), convert=lambda found: vae_names(found, vae))
+    load_weights(made, path, what, dtype=dtype, only=(UNET_PREFIX,), convert=_refusing(unet_names, unet))
+    load_weights(encoder, path, what, only=(VAE_PREFIX,), convert=_refusing(vae_names, vae))
     return made, encoder
 
 

@@ -170,6 +170,7 @@ def euler_sample(
     guidance: float = 5.0,
     unconditional: Tensor | None = None,
     vector: Tensor | None = None,
+    unconditional_vector: Tensor | None = None,
 ) -> Tensor:
     """Denoise latents with Euler's method and classifier-free guidance (Brain-IT, Sec. D.3).
 
@@ -181,7 +182,8 @@ def euler_sample(
         schedule: what sigma a level has.
         guidance: scale of the guidance; 1 is plain conditional sampling and runs the UNet once a step.
         unconditional: (B, T, D) tokens of the unconditional branch: the official code takes Gaussian noise.
-        vector: (V,) or (B, V) conditioning vector, the same in both branches.
+        vector: (V,) or (B, V) conditioning vector.
+        unconditional_vector: (V,) or (B, V) for the unconditional branch; `vector` by default.
 
     Returns:
         (B, C, H, W) clean latents.
@@ -195,7 +197,8 @@ def euler_sample(
     context = torch.cat([unconditional, tokens]) if guided and unconditional is not None else tokens
     branches = 2 if guided else 1
     if vector is not None:
-        vector = vector.expand(len(z), -1).repeat(branches, 1)
+        sides = [vector if unconditional_vector is None else unconditional_vector, vector][-branches:]
+        vector = torch.cat([side.expand(len(z), -1) for side in sides])
     sigmas = [*schedule.sigmas[timesteps].tolist(), 0.0]
     for timestep, sigma, following in zip(timesteps.tolist(), sigmas, sigmas[1:], strict=False):
         level = torch.full((branches * len(z),), timestep, device=z.device)

@@ -140,10 +140,10 @@ def test_gradients_reach_the_images_and_nothing_else(name: str, layer: str, imag
 
 def test_names_that_are_not_here_are_refused() -> None:
     for build in (
-        lambda: networks.feature_network("vgg16-bn"),
+        lambda: networks.feature_network("vgg11"),
         lambda: networks.encoder_backbone("dinov2", [1], 0, 8),
         lambda: networks.semantic_network("openclip"),
-        lambda: networks.generator("sdxl-unclip"),
+        lambda: networks.generator("sdxl"),
     ):
         with pytest.raises(UserError, match="which this release cannot load; it has "):
             build()

@@ -1,7 +1,7 @@
 """SDXL as Brain-IT refines with it: UNet, autoencoder and the two text towers of one single-file checkpoint.
 
-The file has the names of Stability's ``generative-models``. Only two texts are ever encoded, so the towers are read, used
-and let go.
+The file has the names of Stability's ``generative-models``. Only two texts are ever encoded, so the towers are read,
+used and let go.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _CLIP_L_PREFIX, _BIGG_PREFIX = "conditioner.embedders.0.transformer.text_model."
 PROMPT = ""
 # What MindEye2 denoises away from (src/enhanced_recon_inference.ipynb, batch_uc), and Brain-IT after it.
 NEGATIVE_PROMPT = (
-    "painting, extra fingers, mutated hands, poorly drawn hands, poorly drawn face, deformed, ugly, blurry, bad anatomy,"
-    " bad proportions, extra limbs, cloned face, skinny, glitchy, double torso, extra arms, extra hands, mangled fingers,"
-    " missing lips, ugly face, distorted face, extra legs, anime"
+    "painting, extra fingers, mutated hands, poorly drawn hands, poorly drawn face, deformed, ugly, blurry, bad"
+    " anatomy, bad proportions, extra limbs, cloned face, skinny, glitchy, double torso, extra arms, extra hands,"
+    " mangled fingers, missing lips, ugly face, distorted face, extra legs, anime"
 )
 _END_OF_TEXT = 49407
 
@@ -50,11 +50,13 @@ def text_tower(sizes: Mapping[str, Any], *, quick: bool, projected: bool) -> nn.
     from open_clip.transformer import QuickGELU, TextTransformer
 
     with torch.device("meta"):
-        return TextTransformer(
+        tower = TextTransformer(
             **sizes,
             output_dim=sizes["width"] if projected else None,
             act_layer=QuickGELU if quick else nn.GELU,
         )
+    tower.register_buffer("attn_mask", tower.build_causal_mask(), persistent=False)  # in no file: made here and now
+    return tower
 
 
 def clip_l_names(found: dict[str, Tensor]) -> dict[str, Tensor]:
