@@ -55,7 +55,10 @@ class Backbone(TypingProtocol):
         """SHA-256 of its weights."""
 
     def features(self, images: Tensor, layers: Sequence[str]) -> Mapping[str, Tensor]:
-        """Return the named layers' outputs for (B, 3, H, W) float32 RGB in [0, 1]: (B, C, H, W) or (B, F) each."""
+        """Return the named layers' outputs for (B, 3, H, W) float32 RGB in [0, 1]: (B, C, H, W) or (B, F) each.
+
+        Values lie a little outside of [0, 1] where a protocol enlarges tensors by bicubic, as the published code does.
+        """
 
 
 @dataclass(frozen=True)
@@ -492,12 +495,10 @@ class _Run:
             self.in_batches(backbone.name, step)
         else:
             self.progress(backbone.name, len(self.ids), len(self.ids))
-        if cache is not None and not truth_known:
-            for source in kept:
-                cache.put(self.cache_key("truth", backbone, resize, source), truth_rows[source])
-        if recon_cache is not None and not recon_known and not isinstance(self.recons.images, Reordered):
-            for source in vectors:
-                recon_cache.put(self.cache_key("recon", backbone, resize, source), recon_rows[source])
+        if not truth_known:
+            self.keep("truth", backbone, resize, {source: truth_rows[source] for source in kept}, cache)
+        if not recon_known:
+            self.keep("recon", backbone, resize, recon_rows, recon_cache)
         return truth_rows, recon_rows, distances
 
     @property
@@ -556,6 +557,19 @@ class _Run:
                     continue
                 found[source] = rows[images.order] if isinstance(images, Reordered) else rows
         return found
+
+    def keep(
+        self,
+        side: Side,
+        backbone: Backbone,
+        resize: Resize | None,
+        rows: Mapping[Source, Features],
+        cache: TruthCache | None,
+    ) -> None:
+        """Put features of one side into a cache, which knows images in their original order only."""
+        if cache is not None and not isinstance(self.side(side).images, Reordered):
+            for source, features in rows.items():
+                cache.put(self.cache_key(side, backbone, resize, source), features)
 
     def cache_key(self, side: Side, backbone: Backbone, resize: Resize | None, source: Source) -> tuple[Any, ...]:
         """Everything that decides features: pixels, preparation, weights, where it runs, and what is kept of them.

@@ -138,13 +138,14 @@ class Checked:
 
     @cached_property
     def digest(self) -> str:
-        """Stands for all pixels and their type."""
-        known = getattr(self.images, "digest", None)
+        """Stands for all pixels and their type; of reordered images, for those of the original in its own order."""
+        images = self.images.base if isinstance(self.images, Reordered) else self.images
+        known = getattr(images, "digest", None)
         if isinstance(known, str):
             return known
-        sha = hashlib.sha256(f"{self.images.dtype}{tuple(self.images.shape)}".encode())
-        for start in range(0, len(self.ids), _CHUNK):
-            sha.update(np.ascontiguousarray(self.read(slice(start, min(start + _CHUNK, len(self.ids))))).data)
+        sha = hashlib.sha256(f"{images.dtype}{tuple(images.shape)}".encode())
+        for start in range(0, len(images), _CHUNK):
+            sha.update(np.ascontiguousarray(images[start : start + _CHUNK]).data)
         return sha.hexdigest()
 
 
