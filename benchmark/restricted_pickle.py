@@ -68,6 +68,8 @@ CALLS = STANDARD | {
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3",
     "torch.device",
+    *(f"torch.jit._pickle.{name}" for name in ("build_boollist", "build_doublelist", "build_intlist")),
+    *(f"torch.jit._pickle.{name}" for name in ("build_tensorlist", "restore_type_tag")),
     "torch.serialization._get_layout",
 }
 """Calls that become records; every other call is refused."""

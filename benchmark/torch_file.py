@@ -113,6 +113,7 @@ class TorchFile:
 
     Args:
         path: the file.
+        script: read the modules of a TorchScript archive too; the program in it is left alone.
 
     Attributes:
         content: what was saved, as containers and records (``benchmark.restricted_pickle``).
@@ -122,8 +123,9 @@ class TorchFile:
         UserError: the file is missing, damaged, something else, or asks for more than tensors and containers.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, script: bool = False) -> None:
         self.path = path
+        self._script = script
         self.format = "zip"
         self._storages: dict[str, _Storage] = {}
         try:
@@ -152,7 +154,7 @@ class TorchFile:
         if len(pickles) != 1:
             raise ValueError("a zip archive, but not one of torch.save")
         root = pickles[0].removesuffix("data.pkl")
-        if any(name.startswith(f"{root}code/") for name in entries):
+        if not self._script and any(name.startswith(f"{root}code/") for name in entries):
             raise RefusedError("a TorchScript program; weights and modules of torch.save are expected")
         if entry := entries.get(f"{root}byteorder"):
             start, size = self._stored(entry)
@@ -314,13 +316,24 @@ def _join(*names: str) -> str:
 
 
 def is_module(value: object) -> bool:
-    """Whether ``value`` is the record of a ``torch.nn.Module``."""
-    return isinstance(value, Record) and "_parameters" in value.attributes and "_modules" in value.attributes
+    """Whether ``value`` is the record of a ``torch.nn.Module``, or of a module that TorchScript compiled."""
+    if not isinstance(value, Record):
+        return False
+    return _is_script(value) or ("_parameters" in value.attributes and "_modules" in value.attributes)
+
+
+def _is_script(value: object) -> bool:
+    return isinstance(value, Record) and not value.called and value.name.startswith("__torch__.")
 
 
 def _children(module: Record) -> Iterator[tuple[str, Any]]:
     """Yield what ``state_dict`` of a module would hold: parameters, persistent buffers, and the modules within."""
     attributes = module.attributes
+    if _is_script(module):  # tensors and modules lie among its attributes
+        for name, part in attributes.items():
+            if isinstance(part, Record) and (part.called or _is_script(part)):
+                yield name, part
+        return
     passing = attributes.get("_non_persistent_buffers_set")
     passing = passing.args[0] if isinstance(passing, Record) and passing.args else passing
     hidden = {name for name in passing if isinstance(name, str)} if isinstance(passing, list | set) else set()
