@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +116,9 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
         packed = zipfile.is_zipfile(path)
         if packed and (path.suffix == ".ckpt" or _is_script(path)):
             return _recorded(path, wanted)
-        return _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=packed), wanted)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=packed), wanted)
     except UserError:
         raise
     except Exception as error:  # what a damaged file makes of its readers has no limits
@@ -125,7 +128,8 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
                 f"{path}: holds more than tensors ({refused[1]}), and nothing in it is run;\n"
                 "save the network's state_dict() alone, best as safetensors"
             ) from error
-        short = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+        said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # torch wraps it in advice to read it anyway
+        short = (said[1] if said else str(error).strip().partition("\n")[0])[:120] or type(error).__name__
         raise UserError(f"{path}: damaged, or not a network's weights ({short})") from error
 
 
