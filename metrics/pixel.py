@@ -21,7 +21,9 @@ from metrics.protocols import Ssim
 PIXEL_KEYS = ("PixCorr", "SSIM", "SSIM-color")
 
 _K1, _K2 = 0.01, 0.03  # Wang et al. 2004
-_BLOCK = 16  # outputs a block of the banded product: the window's 11 taps fill 11 of its 26 columns
+# Outputs of one banded product, along columns and along rows: the fewer, the less of the matrix is zero, and the less
+# the product is worth its call. Products this small also stay on the thread that asks for them.
+_BLOCK_DOWN, _BLOCK_ACROSS = 8, 16
 _STRIP = 32  # rows of output at a time: a plane's four maps of 425 columns are then half a megabyte
 _CHUNK = 16384  # pixels at a time of a correlation
 _NO_VARIANCE = 1e-12  # deviation over magnitude below which an image is constant up to float64 rounding
@@ -129,10 +131,7 @@ def _correlation(x: Floats, y: Floats) -> float:
 
 def _grey(planes: Floats, spec: Ssim) -> Floats:
     """(3, H, W) to (H, W)."""
-    red, green, blue = spec.grey
-    grey = planes[0] * red
-    grey += planes[1] * green
-    grey += planes[2] * blue
+    grey: Floats = np.einsum("c,chw->hw", spec.grey, planes)
     return grey
 
 
@@ -173,7 +172,7 @@ def _similarity(x: Floats, y: Floats, spec: Ssim, *, columns: bool) -> float:
             variance_u += variance_v
             denominator *= variance_u
             numerator /= denominator
-            total += float(gaussian.interior(numerator, rows).sum())
+            total += gaussian.total(numerator, rows)
     inner_width = width if columns else width - 2 * radius
     return total / (len(x) * (height - 2 * radius) * inner_width)
 
@@ -181,9 +180,9 @@ def _similarity(x: Floats, y: Floats, spec: Ssim, *, columns: bool) -> float:
 class _StripFilter:
     """Filters four maps of a plane with a symmetric window, a strip of rows at a time, in buffers that are used again.
 
-    The maps lie row by row without gaps, so that arithmetic runs over one long line. A product takes ``_BLOCK`` outputs
-    from ``_BLOCK + 2 radius`` inputs; blocks overlap by strides, without copies. The last block of a row reaches into
-    the next row, and the last strip into rows of an earlier one: what comes of that is never looked at.
+    The maps lie row by row without gaps, so that arithmetic runs over one long line. A product takes a block of outputs
+    from ``2 radius`` more inputs; blocks overlap by strides, without copies. The last block of a row reaches into the
+    next row, and the last strip into rows of an earlier one: what comes of that is finite, and never counted.
 
     Args:
         height, width: of the plane.
@@ -195,35 +194,32 @@ class _StripFilter:
         self._radius = radius = len(window) // 2
         self._height, self._width = height - 2 * radius, width
         strips = -(-self._height // _STRIP)
-        self._rows = rows = _rounded_up(-(-self._height // strips))
+        self._rows = rows = _rounded_up(-(-self._height // strips), _BLOCK_DOWN)
         self._columns = width - 2 * radius if both_axes else width
         self._both_axes = both_axes
-
-        self._band = np.zeros((_BLOCK, _BLOCK + 2 * radius))
-        for k in range(_BLOCK):
-            self._band[k, k : k + len(window)] = window
-        item = self._band.itemsize
-        above, beside = rows + 2 * radius, _rounded_up(self._columns) if both_axes else width
-        # _BLOCK more at the end, for the last row's last block.
-        maps, down = np.zeros(4 * above * width + _BLOCK), np.zeros(4 * rows * width + _BLOCK)
+        above, beside = rows + 2 * radius, _rounded_up(self._columns, _BLOCK_ACROSS) if both_axes else width
+        # A block more at the end, for the last row's last one.
+        maps, down = np.zeros(4 * above * width), np.zeros(4 * rows * width + _BLOCK_ACROSS)
         across = np.zeros(4 * rows * beside) if both_axes else down
-        self._maps = maps[: 4 * above * width].reshape(4, above * width)
+        self._maps = maps.reshape(4, above * width)
         self.filtered: Floats = across[: 4 * rows * beside].reshape(4, rows * beside)
-        """(4, rows x stride) after :meth:`apply`; :meth:`interior` tells which of it counts."""
+        """(4, rows x stride) after :meth:`apply`; :meth:`total` knows what of it counts."""
         self._beside = beside
 
-        by_row, by_block = width * item, _BLOCK * width * item
+        item = maps.itemsize
+        by_row, step, blocks = width * item, _BLOCK_DOWN * width * item, rows // _BLOCK_DOWN
+        self._band_down = _band(window, _BLOCK_DOWN)
         self._down = (
-            as_strided(maps, (4, rows // _BLOCK, _BLOCK + 2 * radius, width), (above * by_row, by_block, by_row, item)),
-            as_strided(down, (4, rows // _BLOCK, _BLOCK, width), (rows * by_row, by_block, by_row, item)),
+            as_strided(maps, (4, blocks, _BLOCK_DOWN + 2 * radius, width), (above * by_row, step, by_row, item)),
+            as_strided(down, (4, blocks, _BLOCK_DOWN, width), (rows * by_row, step, by_row, item)),
         )
         if both_axes:
-            blocks, step = beside // _BLOCK, _BLOCK * item
+            step, blocks = _BLOCK_ACROSS * item, beside // _BLOCK_ACROSS
+            self._band_across = np.ascontiguousarray(_band(window, _BLOCK_ACROSS).T)
             self._across = (
-                as_strided(down, (blocks, 4 * rows, _BLOCK + 2 * radius), (step, by_row, item)),
-                as_strided(across, (blocks, 4 * rows, _BLOCK), (step, beside * item, item)),
+                as_strided(down, (blocks, 4 * rows, _BLOCK_ACROSS + 2 * radius), (step, by_row, item)),
+                as_strided(across, (blocks, 4 * rows, _BLOCK_ACROSS), (step, beside * item, item)),
             )
-            self._band_across = np.ascontiguousarray(self._band.T)
 
     def strips(self) -> list[slice]:
         """Return the rows of the plane that each strip reads."""
@@ -237,16 +233,25 @@ class _StripFilter:
     def apply(self) -> None:
         """Filter the maps into ``filtered``."""
         source, target = self._down
-        np.matmul(self._band, source, out=target)
+        np.matmul(self._band_down, source, out=target)
         if self._both_axes:
             source, target = self._across
             np.matmul(source, self._band_across, out=target)
 
-    def interior(self, values: Floats, rows: slice) -> Floats:
-        """Return what counts of a strip's values: the pixels whose window lies in the plane, (rows, columns)."""
-        count = rows.stop - rows.start - 2 * self._radius
-        return values.reshape(self._rows, self._beside)[:count, : self._columns]
+    def total(self, values: Floats, rows: slice) -> float:
+        """Return the sum of a strip's values over the pixels whose window lies in the plane."""
+        table = values.reshape(self._rows, self._beside)[: rows.stop - rows.start - 2 * self._radius]
+        table[:, self._columns :] = 0.0  # one long sum takes less time than many short ones
+        return float(table.reshape(-1).sum())
 
 
-def _rounded_up(count: int) -> int:
-    return -(-count // _BLOCK) * _BLOCK
+def _band(window: Floats, outputs: int) -> Floats:
+    """The filter as a matrix, (outputs, outputs + 2 radius)."""
+    band = np.zeros((outputs, outputs + len(window) - 1))
+    for k in range(outputs):
+        band[k, k : k + len(window)] = window
+    return band
+
+
+def _rounded_up(count: int, block: int) -> int:
+    return -(-count // block) * block
