@@ -43,6 +43,7 @@ Opened = tuple[RowSource, Labels | None]
 _UNLIKELY_BYTES, _UNLIKELY_RATIO = 2**30, 200  # photographs do not compress like this
 _LARGEST_PICKLE = 64 * 2**20  # of the description in a .pt file; the tensors lie outside it
 _LARGEST_CHUNK = 2**30
+_LONGEST_TEXT = 4096
 _CHUNK_CACHE = 256 * 2**20
 _SAFETENSORS = {"U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _SAFETENSORS_IDS = {"I64": "<i8", "I32": "<i4", "U64": "<u8", "U32": "<u4", "I16": "<i2", "U16": "<u2", "U8": "u1"}
@@ -102,7 +103,7 @@ def open_npz(path: Path, key: str | None) -> Opened:
             with archive.open(members[beside]) as stream:
                 ids = read_small_array(stream, _where(path, beside))
             return source, labels_of_array(ids, _where(path, beside))
-    except (UserError, PermissionError):
+    except UserError:
         raise
     except Exception as error:  # zipfile and the decompressors raise many kinds
         raise damaged(path, error, "an archive as np.savez writes it") from error
@@ -235,8 +236,6 @@ def _check_pt_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except PermissionError:
-        raise
     except Exception as error:
         raise damaged(path, error, expected) from error
     pickles = [info for info in infos if info.filename.endswith("data.pkl")]
@@ -257,20 +256,22 @@ def open_hdf5(path: Path, key: str | None) -> Opened:
     try:
         if not h5py.is_hdf5(path):
             raise ValueError("no HDF5 signature")
-        file = h5py.File(path, "r")
-        names = _datasets(file)
-        name = choose(place(path), path.suffix, key.strip("/") if key else None, names)
-        where = _where(path, name)
-        dataset = file[name]
-        found = _dataset_layout(dataset, where)
-        ids = ids_beside(name, names)
-        labels = None if ids is None else _dataset_labels(file[ids], _where(path, ids), found.shape[0])
-        if dataset.chunks is not None and dataset.chunks[0] > 1:
-            # One image lies in as many chunks as a run of neighbours does: keep them until the run has been read.
-            need = dataset.chunks[0] * found.image_bytes + 2**20
-            file.close()
-            dataset = h5py.File(path, "r", rdcc_nbytes=min(need, _CHUNK_CACHE), rdcc_nslots=100_003)[name]
-    except (UserError, PermissionError):
+        with h5py.File(path, "r") as file:
+            names = _datasets(file)
+            name = choose(place(path), path.suffix, key.strip("/") if key else None, names)
+            where = _where(path, name)
+            dataset = file[name]
+            found = layout(where, dataset.shape or (), dataset.dtype.name)
+            _check_storage(dataset, where, path.stat().st_size)
+            chunks, offset, stored = dataset.chunks, dataset.id.get_offset(), dataset.dtype
+            ids = ids_beside(name, names)
+            labels = None if ids is None else _dataset_labels(file[ids], _where(path, ids), path, found.shape[0])
+        if chunks is None:
+            return RawSource(where, found, OpenFile(path), offset, stored), labels
+        # Images that share their chunks are unpacked together: room for them until the whole run has been read.
+        room = min(chunks[0] * found.image_bytes + 2**20, _CHUNK_CACHE)
+        dataset = h5py.File(path, "r", rdcc_nbytes=room, rdcc_nslots=100_003)[name]
+    except UserError:
         raise
     except Exception as error:  # h5py raises many kinds for a damaged file
         raise damaged(path, error, "an HDF5 file") from error
@@ -292,20 +293,48 @@ def _datasets(file: Any) -> list[str]:
     return names
 
 
-def _dataset_layout(dataset: Any, where: str) -> Layout:
+def _check_storage(dataset: Any, where: str, file_size: int) -> None:
+    """Check that the values of a dataset lie in its file, and where: HDF5 itself crashes on some wrong sizes."""
     if dataset.is_virtual or dataset.external:
-        raise UserError(f"{where}: its pixels lie in other files: refused; copy them into one dataset")
-    found = layout(where, dataset.shape or (), dataset.dtype.name)
-    if dataset.chunks is not None and math.prod(dataset.chunks) * dataset.dtype.itemsize > _LARGEST_CHUNK:
+        raise UserError(f"{where}: its values lie in other files: refused; copy them into one dataset")
+    offset, size = dataset.id.get_offset(), dataset.size * dataset.dtype.itemsize
+    if dataset.chunks is None:
+        if offset is None or offset + size > file_size:
+            raise ValueError(f"{size} bytes of values were never written to it")
+        return
+    chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if chunk > _LARGEST_CHUNK:
         raise UserError(f"{where}: chunks of {dataset.chunks}; expected at most 1 GiB each; write it with smaller ones")
-    return found
+    filtered = dataset.id.get_create_plist().get_nfilters() > 0
+    seen: set[tuple[int, ...]] = set()
+
+    def look(info: Any) -> None:
+        whole = 0 < info.size <= file_size - info.byte_offset and (filtered or info.size == chunk)
+        if not whole or info.filter_mask or info.chunk_offset in seen:
+            raise ValueError(f"chunk {info.chunk_offset} of {info.size} bytes at {info.byte_offset}")
+        seen.add(info.chunk_offset)
+
+    dataset.id.chunk_iter(look)
+    expected = math.prod(-(-length // step) for length, step in zip(dataset.shape, dataset.chunks, strict=True))
+    if len(seen) < expected:
+        raise UserError(
+            f"{where}: {expected - len(seen)} of {expected} chunks were never written; expected a whole array; "
+            "write it again"
+        )
 
 
-def _dataset_labels(dataset: Any, where: str, n_images: int) -> Labels:
-    if dataset.is_virtual or dataset.external or not dataset.shape or math.prod(dataset.shape) > 10 * n_images:
+def _dataset_labels(dataset: Any, where: str, path: Path, n_images: int) -> Labels:
+    if not dataset.shape or math.prod(dataset.shape) > 10 * n_images:
         raise UserError(f"{where}: {dataset.dtype} {dataset.shape}; expected one id an image")
-    values = dataset[()]
-    return labels_of_array(values, where) if values.dtype != object else labels_of(values.tolist(), where)
+    if dataset.dtype.kind not in "iuS":  # text of any length lies in a heap, on which HDF5 hangs where it is damaged
+        raise UserError(
+            f"{where}: ids are text of any length, or no ids; expected whole numbers or text of one length\n"
+            "write them with np.array(ids, dtype='S')"
+        )
+    if not 0 < dataset.dtype.itemsize <= _LONGEST_TEXT:
+        raise UserError(f"{where}: {dataset.dtype} {dataset.shape}; expected one id an image")
+    _check_storage(dataset, where, path.stat().st_size)
+    return labels_of_array(dataset[()], where)
 
 
 OPENERS: Mapping[str, Callable[[Path, str | None], Opened]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 _IGNORED = {"thumbs.db", "desktop.ini"}
 _ORIENTATION = 0x0112
 _THREADS = 4
+_QUIET = threading.Lock()  # filters of warnings belong to the process, not to a thread
 _TO_RGB = "Image.open(f).convert('RGB').save(g)"
 _MODES = {
     "L": f"grey; expected RGB; repeat the channel: {_TO_RGB}",
@@ -74,9 +76,12 @@ class FolderSource:
         with _readable(path) as stream:
             try:
                 with Image.open(stream, formats=_FORMATS) as image:
-                    side = _check(path, stream, image)
+                    side, known = _check(path, stream, image), image.info.get("exif")
                     image.load()
-                    _check_orientation(path, image)
+                    if image.info.get("exif") != known:  # in a PNG it may stand after the pixels
+                        with _QUIET, warnings.catch_warnings():
+                            warnings.simplefilter("ignore")
+                            _check_orientation(path, image)
                     pixels = np.asarray(image)
             except (UserError, MemoryError):
                 raise
@@ -170,7 +175,7 @@ def _label(file: Path, folder_subject: int | None) -> Label:
 def _check_headers(files: tuple[Path, ...]) -> int:
     """Return the side of all images after looking at the header of each."""
     side, first = 0, files[0]
-    with warnings.catch_warnings():
+    with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images and damaged EXIF; both are looked at here
         for path in files:
             with _readable(path) as stream:

@@ -217,41 +217,34 @@ def paired(recons: ImageSet, truths: ImageSet) -> tuple[ImageSet, ImageSet]:
             f"{place(recons.path)}: does not tell the subjects, but the {truths.what} are those of several\n"
             "name the files like subj01_nsd00034.png, or hand in the truths of one subject"
         )
-    truth_subjects = truths.subjects if by_subject and truths.subjects is not None else (0,) * len(truths)
-    where = {key: k for k, key in enumerate(zip(truth_subjects, truths.ids, strict=True))}
-    own_subjects = recons.subjects if recons.subjects is not None else (0,) * len(recons)
-    partners = [where.get((s if by_subject else 0, i), -1) for s, i in zip(own_subjects, recons.ids, strict=True)]
-    without = [k for k, partner in enumerate(partners) if partner < 0]
-    left_over: list[int] = []
-    of_subject = ""
-    for subject in sorted(set(own_subjects)):
-        used = {partner for partner, s in zip(partners, own_subjects, strict=True) if s == subject}
-        left_over = [k for k in range(len(truths)) if k not in used and truth_subjects[k] in (0, subject)]
-        if left_over:
-            of_subject = f" of subject {subject}" if len(set(own_subjects)) > 1 else ""
-            break
-    if not without and by_subject:
-        left_over = left_over or [k for k, s in enumerate(truth_subjects) if s not in own_subjects]
-    if without or left_over:
-        raise _unpaired(recons, truths, without, left_over, of_subject)
-    return recons, truths.select(np.array(partners, np.int64))
-
-
-def _unpaired(
-    recons: ImageSet, truths: ImageSet, without: list[int], left_over: list[int], of_subject: str
-) -> UserError:
-    """Return the error for images without a partner: both numbers, the first names, and the nearest name."""
-    counts = f"{counted(len(recons), 'image')} in {place(recons.path)}, {len(truths)} in {place(truths.path)}"
+    truth_keys = list(zip((truths.subjects if by_subject else None) or [None] * len(truths), truths.ids, strict=True))
+    own_subjects = recons.subjects or [None] * len(recons)
+    recon_keys = list(zip(own_subjects if by_subject else [None] * len(recons), recons.ids, strict=True))
+    where = {key: k for k, key in enumerate(truth_keys)}
+    without = [k for k, key in enumerate(recon_keys) if key not in where]
     if without:
-        labels = [recons.label(k) for k in without[:SHOWN]]
-        near = did_you_mean(labels[0], [truths.label(k) for k in range(min(len(truths), _NEAR))])
-        number = counted(len(without), "reconstruction")
-        found = f"no truth for {number}: {listed(labels, len(without))}{near}"
-        remedy = "rename them after their truths' ids, or leave them out"
-    else:
-        labels = [truths.label(k) for k in left_over[:SHOWN]]
-        found = (
-            f"no reconstruction{of_subject} for {counted(len(left_over), 'truth')}: {listed(labels, len(left_over))}"
-        )
-        remedy = "add the missing reconstructions, or leave these truths out"
-    return UserError(f"{found} ({counts})\n{remedy}")
+        raise _unpaired(recons, truths, without, "reconstruction")
+    partners = np.array([where[key] for key in recon_keys], np.int64)
+    for subject in dict.fromkeys(own_subjects):
+        used = {int(partner) for partner, own in zip(partners, own_subjects, strict=True) if own == subject}
+        left_over = [k for k in range(len(truths)) if k not in used and truth_keys[k][0] in (None, subject)]
+        if left_over:
+            raise _unpaired(recons, truths, left_over, "truth", subject)
+    left_over = [k for k in range(len(truths)) if truth_keys[k][0] not in (None, *own_subjects)]
+    if left_over:
+        raise _unpaired(recons, truths, left_over, "truth")
+    return recons, truths.select(partners)
+
+
+def _unpaired(recons: ImageSet, truths: ImageSet, lonely: list[int], of: str, subject: int | None = None) -> UserError:
+    """Return the error for images of one side without a partner: how many, the first names, and the nearest name."""
+    one, other = (recons, truths) if of == "reconstruction" else (truths, recons)
+    labels = [one.label(k) for k in lonely[:SHOWN]]
+    near = did_you_mean(labels[0], [other.label(k) for k in range(min(len(other), _NEAR))])
+    counts = f"{counted(len(recons), 'image')} in {place(recons.path)}, {len(truths)} in {place(truths.path)}"
+    missing = "truth" if of == "reconstruction" else "reconstruction"
+    by = "" if subject is None else f" of subject {subject}"
+    return UserError(
+        f"no {missing}{by} for {counted(len(lonely), of)}: {listed(labels, len(lonely))}{near} ({counts})\n"
+        f"every image needs its partner under the same id: add or rename the {missing}s, or leave the {of}s out"
+    )

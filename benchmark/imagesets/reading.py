@@ -50,8 +50,10 @@ def read_images(path: str | Path, *, ids: Path | None = None, what: str = "recon
         images = _labelled(str(path), what, source, own, notes)
         chosen = images if ids is None else _taken(images, ids)
     else:
+        opener = OPENERS[_kind(location)]
         try:
-            opened, own = OPENERS[_kind(location)](location, key)
+            location.open("rb").close()
+            opened, own = opener(location, key)
         except OSError as error:
             raise unreadable(location, error) from error
         source, n = opened, opened.shape[0]
@@ -103,6 +105,8 @@ def _taken(images: ImageSet, ids: Path) -> ImageSet:
 
 def _split(text: str) -> tuple[Path, str | None]:
     """Return file and key of ``FILE::key``; a file whose name holds ``::`` is taken as it is."""
+    if not text:
+        raise UserError("an empty path; expected a folder of images or a file of an array")
     location, mark, key = text.rpartition("::")
     if not mark or not location or os.path.lexists(text):
         return Path(text), None
@@ -116,16 +120,22 @@ def _is_folder(path: Path) -> bool:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
-        parent = path.parent
-        near = did_you_mean(path.name, os.listdir(parent)) if parent.is_dir() else ""
         raise UserError(
-            f"{place(path)}: no such file or folder{near}; expected a folder of images or one of {', '.join(OPENERS)}"
+            f"{place(path)}: no such file or folder{_near(path)}; expected a folder of images, or one of "
+            f"{', '.join(OPENERS)}"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise unreadable(path, error if isinstance(error, OSError) else OSError(str(error))) from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise UserError(f"{place(path)}: neither a file nor a folder; expected images")
     return stat.S_ISDIR(mode)
+
+
+def _near(path: Path) -> str:
+    try:
+        return did_you_mean(path.name, os.listdir(path.parent))
+    except OSError:
+        return ""
 
 
 def _kind(path: Path) -> str:
