@@ -163,8 +163,8 @@ def _scores(store: Store, stage: Stage, names: Mapping[str, tuple[str, str]]) ->
 
 
 def _chance(protocol: Protocol, n_images: int) -> dict[str, Any]:
-    """Return what guessing scores: one half in two-way identification, 1 in N in retrieval."""
-    values = {"identification": 0.5, "retrieval": 1 / (protocol.retrieval.n or n_images)}
+    """Return what guessing scores: one half in two-way identification, 1 in N in retrieval among the test images."""
+    values = {"identification": 0.5, "retrieval": 1 / n_images}
     return {key: {"mean": values[slot.measure]} for key, slot in protocol.slots.items() if slot.measure in values}
 
 
