@@ -58,6 +58,32 @@ class NetworksConfig(Settings):
     lowlevel: str = Field("vgg16-bn", description="Whose feature maps are the low-level targets (Sec. 3.2).")
     semantic: str = Field("openclip-bigg14", description="Whose patch tokens are the semantic targets (Sec. 3.2).")
     generator: str = Field("sdxl-unclip", description="Diffusion model conditioned on the semantic tokens (Sec. 3.2).")
+    refiner: str | None = Field(
+        "zavychromaxl-v3", description="Diffusion model that refines the combined images (App. D.3); None: none."
+    )
+
+    def roles(self) -> dict[str, str]:
+        """Return role -> network, those that are used."""
+        return {role: name for role, name in self.model_dump().items() if name is not None}
+
+
+class TargetsConfig(Settings):
+    """What the frozen networks say of the images: kept on disk, or computed when a batch asks for it."""
+
+    semantic: Literal["stored", "live"] = Field(
+        "stored", description="CLIP tokens, float16: 62 GB for NSD, 105 GB for COCO (official code keeps them)."
+    )
+    lowlevel: Literal["stored", "live"] = Field(
+        "live", description="Feature maps: VGG's would be 600 GB (official code computes them for each batch)."
+    )
+    external: Literal["stored", "live"] = Field(
+        "stored", description="Predicted fMRI of the external images, float16: 78 GB; live runs the encoder instead."
+    )
+    clip_input: Literal["mindeye2", "standard"] = Field(
+        "mindeye2",
+        description="A CLIP tower sees (x + 1) / 2 of an image x in [0, 1], as MindEye2's and the official code, or x.",
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of a CLIP tower's weights.")
 
 
 class EncoderConfig(Settings):
@@ -225,6 +251,12 @@ class GenerationConfig(Settings):
         0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code)."
     )
     contrast: float = Field(0.8, gt=0, le=1, description="Factor on the output's contrast (official code).")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp16", description="In which the denoiser computes while sampling (official code: fp16 autocast)."
+    )
+    saved_size: PositiveInt | None = Field(
+        224, description="Side of the images that are saved (official code); None keeps the generator's."
+    )
     subjects: tuple[int, ...] = Field(
         (1, 2, 5, 7), min_length=1, description="Whose recordings are reconstructed (Table 1)."
     )
@@ -236,6 +268,26 @@ class GenerationConfig(Settings):
         if self.start_step >= self.steps:
             raise ValueError(f"start_step {self.start_step}; expected less than steps, which is {self.steps}")
         return self
+
+
+class RefinementConfig(Settings):
+    """Refinement of the combined images by SDXL (App. D.3; numbers from the official code)."""
+
+    size: PositiveInt = Field(768, description="Side at which the refiner works.")
+    steps: PositiveInt = Field(25, description="Of its sampler, from pure noise to image.")
+    start_step: int = Field(17, ge=0, description="Where the image enters: eight steps are left.")
+    guidance: float = Field(5.0, ge=0, description="Scale of classifier-free guidance against the negative prompt.")
+    batch: PositiveInt = Field(4, description="Images refined side by side; changes no result.")
+
+
+class MemoryConfig(Settings):
+    """How to fit into less memory. Changes no result beyond rounding, so it does not enter fingerprints."""
+
+    checkpointing: bool = Field(
+        True, description="Compute activations again in the backward pass, of the denoiser and the encoder's backbone."
+    )
+    offload: bool = Field(False, description="Keep the denoisers on the CPU while sampling, and bring parts as needed.")
+    compile: bool = Field(False, description="Compile the denoisers for sampling.")
 
 
 class ScoreConfig(Settings):
@@ -251,6 +303,7 @@ class Variant(Settings):
     seed: int = Field(0, ge=0, description="Seed of every network, batch, and sample.")
     data: DataConfig = DataConfig()
     networks: NetworksConfig = NetworksConfig()
+    targets: TargetsConfig = TargetsConfig()
     encoder: EncoderConfig = EncoderConfig()
     clustering: ClusteringConfig = ClusteringConfig()
     lowlevel: LowLevelConfig = LowLevelConfig()
@@ -258,7 +311,15 @@ class Variant(Settings):
     joint: JointConfig = JointConfig()
     dip: DipConfig = DipConfig()
     generation: GenerationConfig = GenerationConfig()
+    refinement: RefinementConfig = RefinementConfig()
+    memory: MemoryConfig = MemoryConfig()
     score: ScoreConfig = ScoreConfig()
+
+    @model_validator(mode="after")
+    def _statistics_need_stored_maps(self) -> Self:
+        if self.targets.lowlevel == "live" and (self.lowlevel.standardise or self.lowlevel.centre):
+            raise ValueError("lowlevel.standardise and lowlevel.centre need targets.lowlevel 'stored'")
+        return self
 
     def with_settings(self, settings: Mapping[str, Any]) -> Variant:
         """Return this variant with the dotted ``settings`` changed.
@@ -335,7 +396,8 @@ def demo() -> Variant:
     return Variant(
         track="demo",
         data=DataConfig(simulation=SimulationSettings(), image_size=64),
-        networks=NetworksConfig(encoder="lite0", lowlevel="lite0", semantic="lite0", generator="demo"),
+        networks=NetworksConfig(encoder="lite0", lowlevel="lite0", semantic="lite0", generator="demo", refiner=None),
+        targets=TargetsConfig(lowlevel="stored"),
         encoder=EncoderConfig(
             taps=(1, 2, 3, 5, 7),
             grid=8,
@@ -366,7 +428,17 @@ def demo() -> Variant:
         dip=DipConfig(
             size=64, steps=80, lr=1.5e-2, channels=12, skip=4, depth=16, ema=0.9, calibrate=True, gain=2.5, batch=24
         ),
-        generation=GenerationConfig(steps=18, start_step=4, guidance=2.0, contrast=1.0, subjects=(1, 2), batch=48),
+        generation=GenerationConfig(
+            steps=18,
+            start_step=4,
+            guidance=2.0,
+            contrast=1.0,
+            precision="fp32",
+            saved_size=None,
+            subjects=(1, 2),
+            batch=48,
+        ),
+        memory=MemoryConfig(checkpointing=False),
         score=ScoreConfig(protocol="demo"),
     )
 

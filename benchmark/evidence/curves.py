@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from benchmark.context import StageContext
 from benchmark.graph import Stage
 from benchmark.progress import Progress
+from benchmark.shards import Shards
 from benchmark.stages.bit import (
     VALIDATION_SEED,
     Batch,
@@ -36,8 +37,8 @@ from benchmark.stages.bit import (
     voxel_layout,
 )
 from benchmark.stages.encoder import fit_clusters, fit_encoder
+from benchmark.stages.features import LowLevelTargets
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.targets import LowLevelTargets
 from benchmark.store import Store
 from benchmark.tracking import NoTracker
 from benchmark.training import TrainResult, Validate, train
@@ -111,7 +112,7 @@ class Branch:
             self.lowlevel = LowLevelTargets(self.folders["targets"], self.config)
             self.n_tokens, self.width = self.lowlevel.tokens.tokens, self.lowlevel.tokens.width
         else:
-            self.semantic = np.load(self.folders["targets"] / "semantic.npy", mmap_mode="r")
+            self.semantic = Shards(self.folders["targets"] / "semantic")
             self.n_tokens, self.width = self.semantic.shape[1:]
         self.validation = Validation(self.data).batches(self.config["batch"])
         self.rows = np.concatenate([batch.rows for batch in self.validation])

@@ -156,7 +156,7 @@ class ClipTokens(nn.Module):
 
     def __init__(self, tower: nn.Module, clip_input: ClipInput = "mindeye2") -> None:
         super().__init__()
-        self.tower, self.clip_input, self.size = tower, clip_input, BIGG_SIZE
+        self.tower, self.clip_input, self.input_size = tower, clip_input, BIGG_SIZE
         mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in CLIP)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)

@@ -72,13 +72,12 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         UserError: a network that this release cannot load, or a setting that it does not know.
     """
     seed, networks = variant.seed, variant.networks
-    weights = network_digests(networks.model_dump())
-    for name in ("adapter_rank", "max_shift"):
-        if getattr(variant.encoder, name):
-            raise UserError(
-                f"encoder.{name} is {getattr(variant.encoder, name)}, but this release computes the encoder's image "
-                f"features once, before training\ntype --set encoder.{name}=0"
-            )
+    weights = network_digests(networks.roles())
+    memory = {name: value for name, value in variant.memory.model_dump().items() if value}
+    checkpointing = {name: value for name, value in memory.items() if name == "checkpointing"}
+    sampling = {name: value for name, value in memory.items() if name != "checkpointing"}
+    # Features that training changes cannot be kept.
+    static = not variant.encoder.adapter_rank and not variant.encoder.max_shift
 
     def dump(part: Any) -> dict[str, Any]:
         return part.model_dump(mode="json")
@@ -117,28 +116,45 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         name="targets",
         run="benchmark.stages.targets:run",
         config={
-            **dump(networks),
-            "taps": list(variant.encoder.taps),
-            "adapter_rank": variant.encoder.adapter_rank,
-            "grid": variant.encoder.grid,
+            **{role: name for role, name in networks.roles().items() if role != "refiner"},
+            **(_taps(variant) if static else {}),
             "encoder_size": variant.encoder.input_size,
             "lowlevel_size": variant.lowlevel.input_size,
             "layers": list(variant.lowlevel.layers),
+            "clip_input": variant.targets.clip_input,
+            "precision": variant.targets.precision,
+            "store": {
+                "encoder": "stored" if static else "live",
+                "semantic": variant.targets.semantic,
+                "lowlevel": variant.targets.lowlevel,
+            },
         },
         upstream={"data": prepare},
-        digests=weights,
+        digests={role: digest for role, digest in weights.items() if role != "refiner"},
         resources=GPU,
     )
     shared = {"data": prepare, "targets": targets}
-    encoder_config = trained(variant.encoder)
+    encoder_config = {**trained(variant.encoder), "network": networks.encoder}
     encoder = Stage(
-        name="encoder", run="benchmark.stages.encoder:run", config=encoder_config, upstream=shared, resources=GPU
+        name="encoder",
+        run="benchmark.stages.encoder:run",
+        config=encoder_config,
+        upstream=shared,
+        digests={"encoder": weights["encoder"]},
+        resources=GPU,
+        hints=checkpointing,
     )
     external = Stage(
         name="external",
         run="benchmark.stages.encoder:run_external",
-        config={name: encoder_config[name] for name in ("taps", "embed_dim", "inner", "dropout")},
+        config={
+            **{name: encoder_config[name] for name in ("network", "embed_dim", "inner", "dropout", "max_shift")},
+            **_taps(variant),
+            "input_size": variant.encoder.input_size,
+            "store": variant.targets.external,
+        },
         upstream={**shared, "encoder": encoder},
+        digests={"encoder": weights["encoder"]},
         resources=GPU,
     )
     clusters = Stage(
@@ -173,11 +189,13 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         upstream={
             "data": prepare,
             "targets": targets,
+            "encoder": encoder,
             "clusters": clusters,
             "external": external,
             "semantic": semantic,
         },
         digests={"generator": weights["generator"]},
+        hints=checkpointing,
         label=label,
         resources=JOINT,
     )
@@ -207,10 +225,17 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
             },
             "lowlevel_network": networks.lowlevel,
             "generator": networks.generator,
+            "refiner": networks.refiner,
+            "refinement": {k: v for k, v in dump(variant.refinement).items() if k != "batch"},
         },
         upstream={"data": prepare, "targets": targets, "clusters": clusters, "lowlevel": lowlevel, "joint": joint},
-        digests={role: weights[role] for role in ("generator", "lowlevel")},
-        hints={"dip": variant.dip.batch, "generation": variant.generation.batch},
+        digests={role: weights[role] for role in ("generator", "lowlevel", "refiner") if role in weights},
+        hints={
+            "dip": variant.dip.batch,
+            "generation": variant.generation.batch,
+            "refinement": variant.refinement.batch,
+            **sampling,
+        },
         label=label,
         resources=GPU,
     )
@@ -226,7 +251,7 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         "rules": {**protocol_record(protocol), "metrics": {key: card.version for key, card in CARDS.items()}},
     }
     judges = _judges(protocol.networks)
-    both = sorted(set(judges) & set(networks.model_dump().values()))
+    both = sorted(set(judges) & set(networks.roles().values()))
     if both:
         raise UserError(f"network '{both[0]}' judges in protocol {protocol.name}, so it cannot be a target too")
     score = Stage(
@@ -248,6 +273,12 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         resources=GPU,
     )
     return VariantStages(prepare, encoder, clusters, lowlevel, semantic, joint, reconstruct, score, references)
+
+
+def _taps(variant: Variant) -> dict[str, Any]:
+    """Return where the encoder's backbone is read."""
+    encoder = variant.encoder
+    return {"taps": list(encoder.taps), "adapter_rank": encoder.adapter_rank, "grid": encoder.grid}
 
 
 def _judges(names: Mapping[str, Any]) -> dict[str, str]:

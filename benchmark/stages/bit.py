@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from benchmark import networks
 from benchmark.context import StageContext
-from benchmark.stages.encoder import load_mapping
+from benchmark.shards import Shards
+from benchmark.stages.encoder import Predictor, load_mapping
+from benchmark.stages.features import LowLevelTargets, SemanticTargets, read_shapes
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.targets import LowLevelTargets
 from benchmark.training import train
 from benchmark.training_config import TrainingConfig
 from methods.brain_it.losses import multi_layer_info_nce
@@ -45,15 +46,20 @@ class Pool:
     Args:
         data: the prepared data.
         external: folder of stage ``external``.
+        predict: predicts the responses to external images where that stage left it to later.
         fraction: external share of a batch; None shuffles all samples together, each once an epoch (official code).
         seed: of the epochs' order.
     """
 
-    def __init__(self, data: Prepared, external: Path, fraction: float | None, seed: int) -> None:
+    def __init__(
+        self, data: Prepared, external: Path, fraction: float | None, seed: int, predict: Predictor | None = None
+    ) -> None:
         self.data, self.fraction, self.seed = data, fraction, seed
         self.samples = data.samples(data.train_ids)
         self.rows = data.target_rows(self.samples.image)
-        self.predicted = np.load(external / "betas.npy", mmap_mode="r")
+        self.predict = predict
+        self.stored = Shards(external / "betas") if (external / "betas").is_dir() else None
+        self.external = len(self.stored) if self.stored is not None else len(data.external) if predict else 0
         self.starts = np.concatenate([[0], np.cumsum(data.n_voxels)])
         self._epoch: tuple[int, np.ndarray] | None = None
 
@@ -63,9 +69,9 @@ class Pool:
         if self.fraction is None:
             pick = self._in_epochs(size, step)
         else:
-            external = round(self.fraction * size) if len(self.predicted) else 0
+            external = round(self.fraction * size) if self.external else 0
             own = torch.randint(real, (size - external,), generator=generator)
-            other = torch.randint(max(1, len(self.predicted)), (external,), generator=generator) + real
+            other = torch.randint(max(1, self.external), (external,), generator=generator) + real
             pick = torch.cat([own, other]).numpy()
         guests = torch.randint(len(self.data.subjects), (size,), generator=generator).numpy()
         measured = pick < real
@@ -73,16 +79,29 @@ class Pool:
         subject = np.where(measured, self.samples.subject[clipped], guests)
         rows = np.where(measured, self.rows[clipped], pick - real + len(self.data.target_ids))
         betas = np.zeros((size, max(self.data.n_voxels)), np.float32)
-        for k in range(size):
-            s, count = subject[k], self.data.n_voxels[subject[k]]
-            if measured[k]:
-                betas[k, :count] = self.data.betas[s][self.samples.row[pick[k]]]
-            else:
-                betas[k, :count] = self.predicted[pick[k] - real, self.starts[s] : self.starts[s + 1]]
+        for k in np.flatnonzero(measured):
+            s = int(subject[k])
+            betas[k, : self.data.n_voxels[s]] = self.data.betas[s][self.samples.row[pick[k]]]
+        for place, predicted in self._predicted(np.flatnonzero(~measured), pick - real, subject):
+            betas[place, : len(predicted)] = predicted
         return Batch(torch.from_numpy(betas), torch.from_numpy(subject), rows)
 
+    def _predicted(
+        self, places: np.ndarray, image: np.ndarray, subject: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the responses that the encoder predicts for the external images at ``places`` of a batch."""
+        if self.stored is not None:
+            for k, row in zip(places, self.stored[image[places]], strict=True):
+                yield int(k), row[self.starts[subject[k]] : self.starts[subject[k] + 1]]
+        elif len(places):
+            assert self.predict is not None
+            for s in np.unique(subject[places]).tolist():
+                own = places[subject[places] == s]
+                (found,) = self.predict(image[own] + len(self.data.target_ids), [s])
+                yield from ((int(k), row.numpy()) for k, row in zip(own, found, strict=True))
+
     def _in_epochs(self, size: int, step: int) -> np.ndarray:
-        total = len(self.samples) + len(self.predicted)
+        total = len(self.samples) + self.external
         positions = np.arange(step * size, (step + 1) * size)
         out = np.empty(size, np.int64)
         for epoch in np.unique(positions // total):
@@ -157,7 +176,16 @@ def _start(ctx: StageContext, data: Prepared, n_queries: int, out_dim: int) -> t
     """Return a fresh BIT and what it trains on."""
     config = ctx.config
     bit = fresh_bit(config, voxel_layout(data, ctx.inputs["clusters"]), ctx.inputs["encoder"], n_queries, out_dim)
-    return bit, Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
+    return bit, open_pool(ctx, data)
+
+
+def open_pool(ctx: StageContext, data: Prepared) -> Pool:
+    """Return what a BIT of this stage trains on."""
+    config, predict = ctx.config, None
+    external = ctx.stage.upstream["external"]
+    if external.config["store"] == "live" and config["external_fraction"] != 0:
+        predict = Predictor(external.config, data, ctx.inputs["targets"], ctx.inputs["encoder"], ctx.device)
+    return Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"], predict)
 
 
 def token_correlation(predicted: Tensor, true: Tensor) -> Tensor:
@@ -203,7 +231,7 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
-    targets = LowLevelTargets(ctx.inputs["targets"], config)
+    targets = LowLevelTargets(ctx.inputs["targets"], config, ctx.stage.upstream["targets"].config, data, ctx.device)
     bit, pool = _start(ctx, data, targets.tokens.tokens, targets.tokens.width)
 
     def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,11 +278,11 @@ def run_semantic(ctx: StageContext) -> dict[str, Any]:
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
-    targets = np.load(ctx.inputs["targets"] / "semantic.npy", mmap_mode="r")
-    bit, pool = _start(ctx, data, targets.shape[1], targets.shape[2])
+    targets = SemanticTargets(ctx.inputs["targets"], ctx.stage.upstream["targets"].config, data, ctx.device)
+    bit, pool = _start(ctx, data, targets.tokens, targets.width)
 
     def pair(batch: Batch, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        true = torch.from_numpy(targets[batch.rows]).float().to(ctx.device)
+        true = targets(batch.rows)
         mask = None if keep is None else keep.to(ctx.device)
         return bit(batch.betas.to(ctx.device), batch.subject.to(ctx.device), keep=mask).float(), true
 
@@ -305,15 +333,17 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
-    tokens = np.load(ctx.inputs["targets"] / "semantic.npy", mmap_mode="r")
-    latents = np.load(ctx.inputs["targets"] / "latents.npy", mmap_mode="r")
+    tokens, width = read_shapes(ctx.inputs["targets"])["semantic"]
+    latents = Shards(ctx.inputs["targets"] / "latents")
     generator_network = networks.generator(config["generator"])
-    bit = build_bit(config["bit"], voxel_layout(data, ctx.inputs["clusters"]), tokens.shape[1], tokens.shape[2])
+    bit = build_bit(config["bit"], voxel_layout(data, ctx.inputs["clusters"]), tokens, width)
     bit.load_state_dict(load_file(ctx.inputs["semantic"] / "bit.safetensors"))
     unet = generator_network.unet
     assert isinstance(unet, nn.Module)
+    if ctx.stage.hints.get("checkpointing"):
+        unet.enable_gradient_checkpointing()  # type: ignore[operator]
     model = BrainToImage(bit, unet.requires_grad_(True))
-    pool = Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"])
+    pool = open_pool(ctx, data)
 
     def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> Tensor:
         mask = None if keep is None else keep.to(ctx.device)

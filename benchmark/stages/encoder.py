@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmark.context import StageContext
 from benchmark.errors import UserError
+from benchmark.shards import collect, write_shards
+from benchmark.stages.features import LiveTaps, StoredTaps, encoder_taps
 from benchmark.stages.prepare import Prepared
 from benchmark.training import train
 from benchmark.training_config import TrainingConfig
@@ -23,26 +25,58 @@ from methods.brain_it.losses import encoder_loss
 PREDICT_BATCH = 64
 
 
-class _Features:
-    """Tapped image features of the target rows."""
+class EncoderWithAdapters(nn.Module):
+    """The brain encoder, and the adapters of the backbone that it trains with it."""
 
-    def __init__(self, folder: Path, taps: int) -> None:
-        self.taps = [np.load(folder / f"encoder_{k}.npy", mmap_mode="r") for k in range(taps)]
+    def __init__(self, config: Mapping[str, Any], data: Prepared, taps: StoredTaps | LiveTaps) -> None:
+        super().__init__()
+        channels, positions = taps.sizes
+        self.encoder = BrainEncoder(
+            data.n_voxels,
+            channels,
+            positions,
+            embed_dim=config["embed_dim"],
+            inner=config["inner"],
+            dropout=config["dropout"],
+        )
+        self.adapters = taps.adapters if taps.adapters is not None else nn.ModuleList()
 
-    def __call__(self, rows: np.ndarray) -> list[Tensor]:
-        """Return one B x positions x channels tensor for each tap."""
-        return [torch.from_numpy(np.ascontiguousarray(tap[rows])).float() for tap in self.taps]
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the encoder's tensors by their names in :class:`BrainEncoder`, and ``adapters.N.down`` and ``.up``."""
+        own = self.encoder.state_dict()
+        adapters = {f"adapters.{name}": value for name, value in self.adapters.state_dict().items()}
+        return {name: value.contiguous().cpu() for name, value in {**own, **adapters}.items()}
+
+    def load(self, path: Path) -> None:
+        """Read what :meth:`tensors` gave."""
+        found = load_file(path)
+        adapters = {name: found.pop(name) for name in list(found) if name.startswith("adapters.")}
+        self.encoder.load_state_dict(found)
+        self.adapters.load_state_dict({name.removeprefix("adapters."): value for name, value in adapters.items()})
 
 
-def _build(config: dict[str, Any], data: Prepared, features: _Features) -> BrainEncoder:
-    return BrainEncoder(
-        data.n_voxels,
-        [tap.shape[2] for tap in features.taps],
-        features.taps[0].shape[1],
-        embed_dim=config["embed_dim"],
-        inner=config["inner"],
-        dropout=config["dropout"],
-    )
+class Predictor:
+    """Predicts a subject's response to target rows, with the encoder that a stage trained.
+
+    Args:
+        config: of stage ``external``.
+        data: the images.
+        targets: folder of stage ``targets``.
+        encoder: folder of stage ``encoder``.
+        device: where to compute.
+    """
+
+    def __init__(self, config: Mapping[str, Any], data: Prepared, targets: Path, encoder: Path, device: str) -> None:
+        self.taps = encoder_taps(config, data, targets, device)
+        self.model = EncoderWithAdapters(config, data, self.taps)
+        self.model.load(encoder / "encoder.safetensors")
+        self.model.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, rows: np.ndarray, subjects: Sequence[int]) -> list[Tensor]:
+        """Return each subject's (position's) responses to all of the target rows: B x voxels, on the CPU."""
+        scene = self.taps(rows)
+        return [self.model.encoder.predict(scene, position).float().cpu() for position in subjects]
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
@@ -61,8 +95,10 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
     """
     config = dict(ctx.config)
     torch.manual_seed(config["seed"])
-    features = _Features(ctx.inputs["targets"], len(config["taps"]))
-    model = _build(config, data, features)
+    checkpointing = bool(ctx.stage.hints.get("checkpointing"))
+    taps = encoder_taps(config, data, ctx.inputs["targets"], ctx.device, checkpointing)
+    model = EncoderWithAdapters(config, data, taps)
+    encoder = model.encoder
     training = TrainingConfig.model_validate(config["training"])
     samples = data.samples(data.train_ids)
     targets = data.target_rows(samples.image)
@@ -77,7 +113,7 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
         columns = (uniform * np.array(data.n_voxels)[subject][:, None]).astype(np.int64)  # with replacement
         betas = np.stack([data.betas[s][r][c] for s, r, c in zip(subject, row, columns, strict=True)])
         voxels = torch.from_numpy(columns + starts[subject][:, None])
-        predicted = model([f.to(ctx.device) for f in features(targets[pick])], voxels.to(ctx.device))
+        predicted = encoder(taps(targets[pick], generator), voxels.to(ctx.device))
         return encoder_loss(predicted, torch.from_numpy(betas).to(ctx.device)), {}
 
     def correlations() -> list[Tensor]:
@@ -86,7 +122,7 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
             own = np.flatnonzero(validation.subject == position)
             predicted = torch.cat(
                 [
-                    model.predict([f.to(ctx.device) for f in features(validation_targets[part])], position).cpu()
+                    encoder.predict(taps(validation_targets[part]), position).cpu()
                     for part in np.array_split(own, max(1, len(own) // PREDICT_BATCH))
                 ]
             )
@@ -105,36 +141,35 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
         ctx=ctx,
         label="encoder",
         validate=validate,
-        parameter_groups={"voxels": [model.voxel_embedding]},
+        parameter_groups={"voxels": [encoder.voxel_embedding]},
     )
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, ctx.out / "encoder.safetensors")
+    save_file(model.tensors(), ctx.out / "encoder.safetensors")
     model.eval()
-    np.save(ctx.out / "correlation.npy", torch.cat(correlations()).numpy())
+    with torch.no_grad():
+        np.save(ctx.out / "correlation.npy", torch.cat(correlations()).numpy())
     parameters = sum(p.numel() for p in model.parameters())
     return {**result.best, "best_step": result.best_step, "parameters": parameters}
 
 
 def run_external(ctx: StageContext) -> dict[str, Any]:
-    """Predict every subject's response to the external images.
+    """Predict every subject's response to the external images, where the config does not leave that to later.
 
-    Output: ``betas.npy``, external images x voxels of all subjects, float16.
+    Output: ``betas``, shards of external images x voxels of all subjects, float16.
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
-    features = _Features(ctx.inputs["targets"], len(config["taps"]))
-    model = _build(config, data, features)
-    model.load_state_dict(load_file(ctx.inputs["encoder"] / "encoder.safetensors"))
-    model.to(ctx.device).eval()
     count, first = len(data.external), len(data.target_ids)
-    betas = np.lib.format.open_memmap(ctx.out / "betas.npy", "w+", np.float16, (count, sum(data.n_voxels)))
+    if config["store"] == "live" or not count:
+        return {"images": 0}
+    predict = Predictor(config, data, ctx.inputs["targets"], ctx.inputs["encoder"], ctx.device)
+
+    def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"betas": torch.cat(predict(rows + first, range(len(data.subjects))), dim=1).numpy()}
+
+    shards = ctx.checkpoints / "shards"
     with ctx.progress.bar("external images", total=count) as bar:
-        for start in range(0, count, PREDICT_BATCH):
-            rows = np.arange(start, min(start + PREDICT_BATCH, count))
-            scene = [f.to(ctx.device) for f in features(rows + first)]
-            parts = [model.predict(scene, position).cpu() for position in range(len(data.subjects))]
-            betas[rows] = torch.cat(parts, dim=1).numpy()
-            bar.advance(len(rows))
-    betas.flush()
+        write_shards(shards, count, compute, batch=PREDICT_BATCH, progress=bar.advance)
+    collect(shards, ctx.out)
     return {"images": count}
 
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmark import networks
 from benchmark.context import StageContext
+from benchmark.data.images import prepare_images
+from benchmark.errors import UserError
+from benchmark.networks import FeatureNetwork
+from benchmark.progress import Bar
 from benchmark.stages import image_name, seen_name
 from benchmark.stages.bit import build_bit, voxel_layout
+from benchmark.stages.features import LowLevelTargets, as_bytes, read_shapes
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.targets import LowLevelTargets, as_bytes, as_pixels
 from methods.brain_it.dip import invert
 from methods.brain_it.generate import GenerationSettings, combined_images, semantic_images
+from methods.brain_it.refine import RefinementSettings, refine
 from methods.brain_it.vgg_tokens import calibrate
 
 KINDS = ("lowlevel", "semantic", "combined")
-PREDICT_BATCH = 64
 
 
 def image_seed(seed: int, subject: int, image_id: int) -> int:
@@ -36,65 +44,193 @@ def run(ctx: StageContext) -> dict[str, Any]:
     """Reconstruct the test images.
 
     Outputs: folders ``seen`` (one PNG an image: ``nsdXXXXX.png``), ``lowlevel``, ``semantic`` and ``combined`` (one PNG
-    an image and subject), and ``index.npy``, the (subject, NSD id) of each reconstruction.
+    an image and subject; with a refiner ``combined`` is refined and ``unrefined`` holds what it was made from), and
+    ``index.npy``, the (subject, NSD id) of each reconstruction. Finished images outlive an interruption.
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
     subjects = config["generation"]["subjects"]
     ids = data.test_ids(subjects)[: config["generation"]["test_images"]]
     index = np.array([(subject, image) for subject in subjects for image in ids], np.int64)
+    saved_size = config["generation"]["saved_size"]
     np.save(ctx.out / "index.npy", index)
-    _save(ctx.out / "seen", [seen_name(image) for image in ids], as_pixels(data.images[ids]))
-
-    position = np.array([data.subjects.index(subject) for subject in index[:, 0]])
-    row = np.array([np.searchsorted(data.seen_ids[p], image) for p, image in zip(position, index[:, 1], strict=True)])
-    betas, subject = torch.from_numpy(data.padded_betas(position, row)), torch.from_numpy(position)
-    seeds = [image_seed(config["seed"], int(s), int(i)) for s, i in index]
-    layout = voxel_layout(data, ctx.inputs["clusters"])
-
-    def predict(role: str, branch: str, n_queries: int, width: int) -> Tensor:
-        bit = build_bit(config[branch], layout, n_queries, width)
-        bit.load_state_dict(load_file(ctx.inputs[role] / "bit.safetensors"))
-        bit.to(ctx.device).eval()
-        parts = [
-            bit(betas[k : k + PREDICT_BATCH].to(ctx.device), subject[k : k + PREDICT_BATCH].to(ctx.device)).float()
-            for k in range(0, len(betas), PREDICT_BATCH)
-        ]
-        return torch.cat(parts)
-
-    generator = networks.generator(config["generator"])
-    generator.unet.load_state_dict(load_file(ctx.inputs["joint"] / "unet.safetensors"))  # type: ignore[attr-defined]
-    generator.unet.to(ctx.device).eval()  # type: ignore[attr-defined]
-    generator.vae.to(ctx.device).eval()  # type: ignore[attr-defined]
-    settings = GenerationSettings(
-        **{k: config["generation"][k] for k in ("steps", "start_step", "guidance", "offset_noise", "contrast")}
-    )
-    batch = ctx.stage.hints["generation"]
-    with torch.no_grad():
-        targets = LowLevelTargets(ctx.inputs["targets"], config["lowlevel"])
-        maps = predict("lowlevel", "lowlevel", targets.tokens.tokens, targets.tokens.width)
-        semantic = np.load(ctx.inputs["targets"] / "semantic.npy", mmap_mode="r")
-        tokens = predict("joint", "semantic", semantic.shape[1], semantic.shape[2])
-    images = {"lowlevel": _invert(ctx, config, targets, maps.clone(), seeds)}
-    with ctx.progress.bar("semantic images", total=len(index)) as bar:
-        images["semantic"] = semantic_images(generator, tokens, settings, seeds, batch=batch, progress=bar.advance)
-    with ctx.progress.bar("combined images", total=len(index)) as bar:
-        images["combined"] = combined_images(
-            generator, tokens, images["lowlevel"], settings, seeds, batch=batch, progress=bar.advance
-        )
-    names = [image_name(int(s), int(i)) for s, i in index]
-    for kind in KINDS:
-        _save(ctx.out / kind, names, images[kind])
-    ctx.tracker.image("first reconstruction", ctx.out / "combined" / names[0])
+    seen = data.images[ids] if saved_size is None else prepare_images(data.images[ids], saved_size)
+    _save(ctx.out / "seen", [seen_name(image) for image in ids], seen)
+    work = _Work(ctx, data, index)
+    made = {"lowlevel": work.lowlevel()}
+    made["semantic"], made["combined"] = work.generated(made["lowlevel"])
+    if config["refiner"] is not None:
+        made["unrefined"], made["combined"] = made["combined"], work.refined(made["combined"])
+    for kind, folder in made.items():
+        for name in work.names:
+            image = np.load(folder / f"{name}.npy")
+            _save(ctx.out / kind, [name], _as_saved(image, saved_size)[None])
+    ctx.tracker.image("first reconstruction", ctx.out / "combined" / work.names[0])
     return {"images": len(ids), "subjects": len(subjects)}
 
 
+class _Work:
+    """The images of one stage, made step by step; a step's images lie in ``checkpoints`` (3 x H x W float32 each)."""
+
+    def __init__(self, ctx: StageContext, data: Prepared, index: np.ndarray) -> None:
+        self.ctx, self.data, self.config = ctx, data, dict(ctx.config)
+        self.names = [image_name(int(s), int(i)) for s, i in index]
+        self.seeds = [image_seed(self.config["seed"], int(s), int(i)) for s, i in index]
+        self.subject = np.array([data.subjects.index(subject) for subject in index[:, 0]])
+        self.row = np.array(
+            [np.searchsorted(data.seen_ids[p], image) for p, image in zip(self.subject, index[:, 1], strict=True)]
+        )
+        self.layout = voxel_layout(data, ctx.inputs["clusters"])
+
+    def predictor(self, role: str, branch: str, n_queries: int, width: int) -> Callable[[np.ndarray], Tensor]:
+        """Return what predicts the tokens of recordings (by place in ``names``), as a stage trained it."""
+        bit = build_bit(self.config[branch], self.layout, n_queries, width)
+        bit.load_state_dict(load_file(self.ctx.inputs[role] / "bit.safetensors"))
+        bit.to(self.ctx.device).eval()
+
+        @torch.no_grad()
+        def predict(places: np.ndarray) -> Tensor:
+            betas = torch.from_numpy(self.data.padded_betas(self.subject[places], self.row[places]))
+            subject = torch.from_numpy(self.subject[places])
+            tokens: Tensor = bit(betas.to(self.ctx.device), subject.to(self.ctx.device)).float()
+            return tokens
+
+        return predict
+
+    def blocks(self, steps: Sequence[str], batch: int) -> list[np.ndarray]:
+        """Return the batches, always cut alike, of which an image is not there yet in one of ``steps``."""
+        folders = [self.folder(step) for step in steps]
+        cut = [np.arange(k, min(k + batch, len(self.names))) for k in range(0, len(self.names), batch)]
+        return [
+            block
+            for block in cut
+            if not all((folder / f"{self.names[k]}.npy").is_file() for folder in folders for k in block)
+        ]
+
+    def folder(self, step: str) -> Path:
+        """Return the folder of a step's images."""
+        folder = self.ctx.checkpoints / "images" / step
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def keep(self, step: str, places: np.ndarray, images: Tensor) -> None:
+        """Write finished images, each whole or not at all."""
+        folder = self.folder(step)
+        for k, image in zip(places, images.float().cpu().numpy(), strict=True):
+            temporary = folder / f".{self.names[k]}.tmp"
+            with temporary.open("wb") as file:
+                np.save(file, image)
+            os.replace(temporary, folder / f"{self.names[k]}.npy")
+
+    def load(self, folder: Path, places: np.ndarray) -> Tensor:
+        """Return images of a step: B x 3 x H x W."""
+        return torch.from_numpy(np.stack([np.load(folder / f"{self.names[k]}.npy") for k in places]))
+
+    def lowlevel(self) -> Path:
+        """Invert the predicted low-level tokens; return the folder of the images."""
+        ctx, config = self.ctx, self.config
+        targets = LowLevelTargets(ctx.inputs["targets"], config["lowlevel"])
+        predict = self.predictor("lowlevel", "lowlevel", targets.tokens.tokens, targets.tokens.width)
+        network = networks.feature_network(config["lowlevel_network"]).to(ctx.device)
+        blocks = self.blocks(["lowlevel"], ctx.stage.hints["dip"])
+        total = sum(map(len, blocks)) * config["dip"]["steps"]
+        with ctx.progress.bar("deep image prior", total=total) as bar:
+            for block in blocks:
+                seeds = [self.seeds[k] for k in block]
+                self.keep("lowlevel", block, _invert(ctx, network, targets, predict(block), seeds, bar))
+        return self.folder("lowlevel")
+
+    def generated(self, lowlevel: Path) -> tuple[Path, Path]:
+        """Sample images from the semantic tokens, alone and from the low-level images; return the two folders."""
+        ctx, config = self.ctx, self.config
+        generator = networks.generator(config["generator"])
+        trained = load_file(ctx.inputs["joint"] / "unet.safetensors")
+        generator.unet.load_state_dict(trained)  # type: ignore[attr-defined]
+        del trained
+        generator.vae.to(ctx.device).eval()  # type: ignore[attr-defined]
+        generator = replace(generator, unet=placed(generator.unet, ctx))  # type: ignore[arg-type]
+        settings = GenerationSettings(
+            **{k: config["generation"][k] for k in ("steps", "start_step", "guidance", "offset_noise", "contrast")}
+        )
+        predict = self.predictor("joint", "semantic", *read_shapes(ctx.inputs["targets"])["semantic"])
+        blocks = self.blocks(["semantic", "combined"], ctx.stage.hints["generation"])
+        with (
+            ctx.progress.bar("semantic and combined images", total=2 * sum(map(len, blocks))) as bar,
+            autocast(ctx.device, config["generation"]["precision"]),
+        ):
+            for block in blocks:
+                tokens, seeds = predict(block), [self.seeds[k] for k in block]
+                self.keep("semantic", block, semantic_images(generator, tokens, settings, seeds, batch=len(block)))
+                bar.advance(len(block))
+                low = self.load(lowlevel, block)
+                self.keep("combined", block, combined_images(generator, tokens, low, settings, seeds, batch=len(block)))
+                bar.advance(len(block))
+        return self.folder("semantic"), self.folder("combined")
+
+    def refined(self, combined: Path) -> Path:
+        """Refine the combined images; return the folder of the results."""
+        ctx, config = self.ctx, self.config
+        refiner = networks.refiner(config["refiner"])
+        refiner.vae.to(ctx.device).eval()  # type: ignore[attr-defined]
+        refiner = replace(refiner, unet=placed(refiner.unet, ctx))  # type: ignore[arg-type]
+        settings = RefinementSettings(**config["refinement"])
+        blocks = self.blocks(["refined"], ctx.stage.hints["refinement"])
+        with (
+            ctx.progress.bar("refined images", total=sum(map(len, blocks))) as bar,
+            autocast(ctx.device, config["generation"]["precision"]),
+        ):
+            for block in blocks:
+                seeds = [self.seeds[k] for k in block]
+                images = self.load(combined, block)
+                made = refine(refiner, images, settings, seeds, batch=len(block), device=ctx.device)
+                self.keep("refined", block, made)
+                bar.advance(len(block))
+        return self.folder("refined")
+
+
+def placed(network: nn.Module, ctx: StageContext) -> nn.Module:
+    """Put a denoiser where the stage samples: whole, piece by piece from the CPU (``offload``), compiled or not."""
+    network.eval()
+    if ctx.stage.hints.get("offload") and ctx.device != "cpu":
+        from accelerate import cpu_offload
+
+        cpu_offload(network, torch.device(ctx.device))
+        return network
+    network.to(ctx.device)
+    if ctx.stage.hints.get("compile"):
+        return cast("nn.Module", torch.compile(network))
+    return network
+
+
+def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
+    """Return the context in which denoisers compute.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    kind = torch.device(device).type
+    if precision == "fp16" and kind == "cpu":
+        raise UserError("generation.precision is fp16, which needs a GPU; type --set generation.precision=fp32")
+    return torch.autocast(kind, dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+
+
+def _as_saved(image: np.ndarray, size: int | None) -> np.ndarray:
+    """Return a 3 x H x W float image as uint8 H x W x 3: rounded; or reduced, then truncated, as the official code."""
+    if size is None or image.shape[-1] == size:
+        return as_bytes(torch.from_numpy(image)[None])[0]
+    from skimage.transform import resize
+
+    reduced = resize(np.moveaxis(image, 0, -1), (size, size), order=1, anti_aliasing=True)
+    return (reduced.clip(0, 1) * 255).astype(np.uint8)
+
+
 def _invert(
-    ctx: StageContext, config: dict[str, Any], targets: LowLevelTargets, tokens: Tensor, seeds: list[int]
+    ctx: StageContext, network: FeatureNetwork, targets: LowLevelTargets, tokens: Tensor, seeds: list[int], bar: Bar
 ) -> Tensor:
     """Turn predicted low-level tokens into images (Sec. 3.2, App. D.2)."""
-    low, dip = config["lowlevel"], config["dip"]
-    network = networks.feature_network(config["lowlevel_network"]).to(ctx.device)
+    low, dip = ctx.config["lowlevel"], ctx.config["dip"]
     if dip["calibrate"]:
         found = load_file(ctx.inputs["lowlevel"] / "calibration.safetensors")
         sizes = targets.tokens.layer_sizes
@@ -105,30 +241,28 @@ def _invert(
         maps = network.features(images, low["layers"])
         return targets.standardised([maps[layer] for layer in low["layers"]])
 
-    total = len(tokens) * dip["steps"]
-    with ctx.progress.bar("deep image prior", total=total) as bar:
-        return invert(
-            targets.tokens.unmerge(tokens),
-            features,
-            seeds=seeds,
-            size=dip["size"],
-            feature_size=low["input_size"],
-            steps=dip["steps"],
-            lr=dip["lr"],
-            input_noise=dip["input_noise"],
-            ema=dip["ema"],
-            channels=dip["channels"],
-            skip=dip["skip"],
-            depth=dip["depth"],
-            batch=ctx.stage.hints["dip"],
-            progress=lambda done, loss: bar.advance(done, f"loss {loss:.3f}"),
-        )
+    return invert(
+        targets.tokens.unmerge(tokens),
+        features,
+        seeds=seeds,
+        size=dip["size"],
+        feature_size=low["input_size"],
+        steps=dip["steps"],
+        lr=dip["lr"],
+        input_noise=dip["input_noise"],
+        ema=dip["ema"],
+        channels=dip["channels"],
+        skip=dip["skip"],
+        depth=dip["depth"],
+        batch=len(tokens),
+        progress=lambda done, loss: bar.advance(done, f"loss {loss:.3f}"),
+    )
 
 
-def _save(folder: Path, names: list[str], images: Tensor) -> None:
-    """Write images (N x 3 x H x W in [0, 1]) as PNG."""
+def _save(folder: Path, names: list[str], images: np.ndarray) -> None:
+    """Write images (N x H x W x 3 uint8) as PNG."""
     folder.mkdir(exist_ok=True)
-    for name, image in zip(names, as_bytes(images), strict=True):
+    for name, image in zip(names, images, strict=True):
         Image.fromarray(image).save(folder / name, compress_level=6)
 
 

@@ -29,6 +29,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Elements that one intermediate tensor of `BrainEncoder.predict` may have: 2**20 floats (4 MB) stay in a core's cache.
 _PREDICT_ELEMENTS_CPU = 2**20
@@ -75,6 +76,9 @@ class TappedBackbone(nn.Module):
         cls_token: tokens start with a CLS token, which is kept as position 0.
         n_registers: register tokens after the CLS token (or at the start): dropped at the taps, not between blocks.
 
+    Attributes:
+        checkpointing: compute a block's activations again in the backward pass instead of keeping them.
+
     Raises:
         ValueError: taps out of range or not ascending, or not one channel count a block.
     """
@@ -108,6 +112,7 @@ class TappedBackbone(nn.Module):
         self.grid = grid
         self.cls_token = cls_token
         self.n_registers = n_registers
+        self.checkpointing = False
         self.stem = stem
         self.blocks = nn.ModuleList(blocks[: taps[-1]])
         self.requires_grad_(False)
@@ -131,13 +136,18 @@ class TappedBackbone(nn.Module):
         """Return one (B, P, C_i) tensor a tap for images (B, 3, H, W), prepared as the frozen network expects them."""
         x = self.stem(images)
         features = []
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            if not self.is_static:
-                x = self.adapters[number - 1](x)
+        for number in range(1, len(self.blocks) + 1):
+            if self.checkpointing and torch.is_grad_enabled() and not self.is_static:
+                x = checkpoint(self._block, number, x, use_reentrant=False)
+            else:
+                x = self._block(number, x)
             if number in self.taps:
                 features.append(self._tokens(x))
         return features
+
+    def _block(self, number: int, x: Tensor) -> Tensor:
+        x = self.blocks[number - 1](x)
+        return x if self.is_static else self.adapters[number - 1](x)
 
     def _tokens(self, x: Tensor) -> Tensor:
         if x.ndim == 4:

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from benchmark import networks
 from benchmark.execute import RunOptions, execute
 from benchmark.graph import Stage
+from benchmark.shards import Shards
 from benchmark.stages import bit as bit_stage
 from benchmark.stages.bit import Pool, Validation, build_bit, voxel_layout
+from benchmark.stages.features import LowLevelTargets
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.targets import LowLevelTargets
 from benchmark.store import CHECKPOINTS, Store, read_json
 
 pytestmark = pytest.mark.timeout(900)  # the first test that needs the small sweep waits for it
@@ -70,7 +71,7 @@ def test_a_fraction_of_the_batch_is_external(data: Prepared, external: Path, fra
     pool = Pool(data, external, fraction, seed=0)
     drawn = [pool.draw(8, step, seeded(step)) for step in range(20)]
     for batch in drawn:
-        assert check(batch, data, pool.predicted).sum() == count
+        assert check(batch, data, pool.stored[:]).sum() == count
     rows = np.concatenate([batch.rows for batch in drawn])
     assert len({int(s) for batch in drawn for s in batch.subject}) == 2, "subjects are mixed"
     assert len(np.unique(rows[rows < len(data.target_ids)])) > (14 if count < 7 else 5)
@@ -109,7 +110,7 @@ def test_epochs_draw_what_they_are_asked_for_in_any_order(data: Prepared, extern
     all_steps = [through.draw(8, step, seeded(step)) for step in range(12)]
     for step in (11, 4, 5):
         batch = Pool(data, external, None, seed=3).draw(8, step, seeded(step))
-        check(batch, data, through.predicted)
+        check(batch, data, through.stored[:])
         assert torch.equal(batch.betas, all_steps[step].betas) and np.array_equal(batch.rows, all_steps[step].rows)
     other = Pool(data, external, None, seed=4).draw(8, 4, seeded(4))
     assert not np.array_equal(other.rows, all_steps[4].rows)
@@ -125,10 +126,9 @@ def test_a_batch_follows_from_its_generator(data: Prepared, external: Path, frac
 
 
 def test_without_external_images_all_samples_are_measured(data: Prepared, tmp_path: Path) -> None:
-    np.save(tmp_path / "betas.npy", np.zeros((0, sum(data.n_voxels)), np.float16))
     for fraction in (None, 0.5):
         pool = Pool(data, tmp_path, fraction, seed=0)
-        assert not check(pool.draw(8, 0, seeded(0)), data, pool.predicted).any()
+        assert not check(pool.draw(8, 0, seeded(0)), data, np.zeros((0, sum(data.n_voxels)), np.float16)).any()
 
 
 def test_validation_is_the_same_each_time_and_complete(data: Prepared) -> None:
@@ -157,7 +157,7 @@ def test_training_beats_the_start_and_the_best_weights_are_kept(tiny_run: Any, t
     assert summary["loss"] < before["loss"] and summary["best_step"] in (10, 20, 30, 40)
 
     data = Prepared(tiny_run.folder("prepare"))
-    targets = torch.from_numpy(np.load(tiny_run.folder("targets") / "semantic.npy")).float()
+    targets = torch.from_numpy(Shards(tiny_run.folder("targets") / "semantic")[:]).float()
     bit = build_bit(stage.config, voxel_layout(data, tiny_run.folder("clusters", "clusters=8")), 16, 320).eval()
     bit.load_state_dict(load_file(ctx.out / "bit.safetensors"))
     with torch.no_grad():

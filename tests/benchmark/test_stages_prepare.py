@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from benchmark import networks
 from benchmark.data.nsd import NSD
 from benchmark.errors import UserError
+from benchmark.shards import Shards
 from benchmark.stages import prepare
+from benchmark.stages.features import LowLevelTargets, as_pixels
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.targets import LowLevelTargets, as_pixels
 from benchmark.store import read_json
 from methods.brain_it.unclip import encode
 
@@ -160,14 +161,14 @@ def test_no_test_image_is_among_the_targets(tiny_run: Any, data: Prepared) -> No
     targets = data.target_images(np.arange(data.n_targets)).reshape(data.n_targets, -1)
     assert not any((targets == image).all(1).any() for image in test)
     folder = tiny_run.folder("targets")
-    arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    arrays = {path.parent.name: Shards(path.parent) for path in folder.glob("*/shards.json")}
     assert set(arrays) == {
         "semantic",
         "latents",
         *(f"{kind}_{k}" for kind in ("encoder", "lowlevel") for k in range(5)),
     }
     assert {len(array) for array in arrays.values()} == {data.n_targets}
-    external = np.load(tiny_run.folder("external") / "betas.npy", mmap_mode="r")
+    external = Shards(tiny_run.folder("external") / "betas")
     assert external.shape == (len(data.external), sum(data.n_voxels))
 
 
@@ -185,7 +186,7 @@ def test_each_target_row_is_of_its_image(tiny_run: Any, data: Prepared) -> None:
     backbone = networks.encoder_backbone("lite0", config["taps"], 0, config["grid"])
     expected |= {f"encoder_{k}": tokens for k, tokens in enumerate(backbone(pixels))}
     for name, values in expected.items():
-        stored = np.load(folder / f"{name}.npy", mmap_mode="r")[rows]
+        stored = Shards(folder / name)[rows]
         assert stored.dtype == np.float16
         scale = max(1.0, float(values.abs().max()))
         assert np.abs(stored.astype(np.float32) - values.numpy()).max() < 2e-3 * scale, name
@@ -196,7 +197,7 @@ def test_statistics_are_of_training_images_alone(tiny_run: Any, data: Prepared) 
     stats = load_file(folder / "lowlevel_stats.safetensors")
     rows = data.target_rows(data.train_ids)
     for k in range(5):
-        maps = np.load(folder / f"lowlevel_{k}.npy")[rows].astype(np.float64)
+        maps = Shards(folder / f"lowlevel_{k}")[rows].astype(np.float64)
         assert np.allclose(stats[f"means.{k}"], maps.mean((0, 2, 3)), atol=1e-4)
         deviation = maps.std((0, 2, 3))
         alive = deviation > 1e-3
@@ -217,7 +218,7 @@ def test_low_level_targets_are_standardised_centred_and_merged(tiny_run: Any, da
 
     raw = maps(standardise=False, centre=False)
     for k, features in enumerate(raw):
-        assert np.allclose(features, np.load(folder / f"lowlevel_{k}.npy")[rows].astype(np.float32), atol=1e-5)
+        assert np.allclose(features, Shards(folder / f"lowlevel_{k}")[rows].astype(np.float32), atol=1e-5)
     scaled = maps(standardise=True, centre=False)
     for features in scaled:
         assert float(features.mean()) == pytest.approx(0, abs=1e-3)
@@ -260,15 +261,16 @@ def test_clusters_are_shared_by_all_subjects(tiny_run: Any, data: Prepared) -> N
 
 
 def test_external_predictions_are_the_encoders(tiny_run: Any, data: Prepared) -> None:
-    from benchmark.stages.encoder import _build, _Features
+    from benchmark.stages.encoder import EncoderWithAdapters
+    from benchmark.stages.features import StoredTaps
 
     config = dict(tiny_run.stage("external").config)
-    features = _Features(tiny_run.folder("targets"), 5)
-    model = _build(config, data, features).eval()
+    features = StoredTaps(tiny_run.folder("targets"), 5, "cpu")
+    model = EncoderWithAdapters(config, data, features).encoder.eval()
     model.load_state_dict(load_file(tiny_run.folder("encoder") / "encoder.safetensors"))
     rows = np.array([len(data.target_ids) + 4])
     expected = torch.cat([model.predict(features(rows), s) for s in range(2)], dim=1).numpy()
-    stored = np.load(tiny_run.folder("external") / "betas.npy", mmap_mode="r")[4:5]
+    stored = Shards(tiny_run.folder("external") / "betas")[4:5]
     assert np.allclose(stored, expected, atol=2e-3)
     correlation = np.load(tiny_run.folder("encoder") / "correlation.npy")
     assert correlation.shape == (sum(data.n_voxels),) and (np.abs(correlation) <= 1).all()
