@@ -73,6 +73,14 @@ class Release:
 
 NSD_RELEASE = Release()
 
+NEEDED = ("betas", "images", "external")
+OPTIONAL = ("synthetic", "atlases", "surfaces", "ncsnr")
+PARTS = (*NEEDED, *OPTIONAL)
+"""Parts of the data: what training and Table 1 need, and what single experiments do."""
+
+SIZES = (256, 224, 112)
+"""Sides of the images that the paper's networks see: diffusion, encoder, VGG."""
+
 AMOUNTS: Mapping[str, Fraction] = {
     "1h": Fraction(1),
     "30min": Fraction(1, 2),

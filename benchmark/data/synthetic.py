@@ -24,6 +24,7 @@ class Synthetic:
         nsd: the tree.
         subjects: those of the tree whose recordings are present, ascending, from 1.
         n_images: images of each subject, numbered from 0: 284.
+        sides: height and width of the stored images.
         order: the image shown in each trial, the same for all subjects.
     """
 
@@ -31,6 +32,7 @@ class Synthetic:
         self.nsd = nsd
         self.subjects: tuple[int, ...] = ()
         self.n_images = 0
+        self.sides = (0, 0)
         self.order: np.ndarray = np.empty(0, np.int64)
         self._common = 0
 
@@ -50,6 +52,7 @@ class Synthetic:
         own._common, *sides = nsd._read(
             paths.SYNTHETIC_STIMULI, "NSD-Synthetic's images (HDF5 with imgBrick)", _any_brick
         )
+        own.sides = (sides[0], sides[1])
         if nsd.published and (own._common, tuple(sides)) != (release.synthetic_images[0], release.synthetic_sides):
             height, width = release.synthetic_sides
             raise nsd._wrong(
