@@ -72,11 +72,18 @@ def weights_table(folder: Path) -> Table:
     """Return one row a network: file, size, licence, published SHA-256, and the state of the file in ``folder``."""
     from rich.table import Table
 
+    from benchmark.progress import Progress
+
+    with Progress().bar("SHA-256 of the files", total=len(DOWNLOADS)) as bar:
+        states = {}
+        for name in DOWNLOADS:
+            states[name] = state_of(name, folder)
+            bar.advance()
     table = Table(title=f"Weights files in {folder}", title_justify="left")
     for heading in ("network", "file", "MB", "licence", "published SHA-256", "state"):
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
     for name, download in DOWNLOADS.items():
-        state, digest = state_of(name, folder)
+        state, digest = states[name]
         table.add_row(
             name,
             download.file,
@@ -115,7 +122,7 @@ def fetch_all(names: Sequence[str], folder: Path) -> int:
     progress = Progress()
     for name in names:
         download = DOWNLOADS[name]
-        if download.by_hand:
+        if download.by_hand and not (folder / download.file).exists():
             problems.append(RunError(f"{download.file}: save it by hand from {download.url} into {folder}"))
             print(f"  not had: {problems[-1]}", flush=True)
             continue
