@@ -151,7 +151,8 @@ class Checked:
 
 def as_tensor(images: NDArray[Any], dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """Return (B, H, W, 3), uint8 or in [0, 1], as (B, 3, H, W) in [0, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device).movedim(-1, 1)
+    # Memory-mapped files are read-only arrays, at which torch warns though nothing is written.
+    tensor = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device).movedim(-1, 1)
     return tensor.to(dtype).div_(255) if images.dtype == np.uint8 else tensor.to(dtype)
 
 

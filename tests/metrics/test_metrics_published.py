@@ -211,6 +211,7 @@ def test_networks_are_shown_the_papers_images_and_compared_as_there(name: str) -
         r = torch.cat([paper.network_image(network, *both) for both in zip(recons, low, strict=True)])
         what = f"{name}: {key}"
         seen = torch.cat(spies[protocol.slots[key].network].seen)
+        assert seen.shape == (2 * n, *t.shape[1:]), what
         first, then = (t, r) if torch.allclose(seen[:n], t, atol=1e-5) else (r, t)  # which side goes first is free
         torch.testing.assert_close(seen, torch.cat([first, then]), rtol=0, atol=1e-6, msg=lambda m, w=what: f"{w}: {m}")
         compare(scores.per_image[key], glance(t).numpy(), glance(r).numpy(), key, what)
