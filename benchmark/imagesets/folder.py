@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +26,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 _IGNORED = {"thumbs.db", "desktop.ini"}
 _ORIENTATION = 0x0112
 _THREADS = 4
-_QUIET = threading.Lock()  # filters of warnings belong to the process, not to a thread
+_QUIET = threading.Lock()
 _TO_RGB = "Image.open(f).convert('RGB').save(g)"
 _MODES = {
     "L": f"grey; expected RGB; repeat the channel: {_TO_RGB}",
@@ -75,12 +77,13 @@ class FolderSource:
         path = self.files[row]
         with _readable(path) as stream:
             try:
-                with Image.open(stream, formats=_FORMATS) as image:
+                with _quiet():
+                    image = Image.open(stream, formats=_FORMATS)
+                with image:
                     side, known = _check(path, stream, image), image.info.get("exif")
                     image.load()
                     if image.info.get("exif") != known:  # in a PNG it may stand after the pixels
-                        with _QUIET, warnings.catch_warnings():
-                            warnings.simplefilter("ignore")
+                        with _quiet():
                             _check_orientation(path, image)
                     pixels = np.asarray(image)
             except (UserError, MemoryError):
@@ -90,6 +93,17 @@ class FolderSource:
         if side != self.side or pixels.shape != target.shape:
             raise UserError(f"{place(path)}: changed while it was read; start again")
         target[:] = pixels
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Pillow from warning of large images and damaged EXIF, both of which are looked at here.
+
+    One thread at a time: filters of warnings belong to the process. So images are opened in here and decoded outside.
+    """
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def open_folder(path: Path) -> tuple[FolderSource, Labels, tuple[str, ...]]:
@@ -175,8 +189,7 @@ def _label(file: Path, folder_subject: int | None) -> Label:
 def _check_headers(files: tuple[Path, ...]) -> int:
     """Return the side of all images after looking at the header of each."""
     side, first = 0, files[0]
-    with _QUIET, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large images and damaged EXIF; both are looked at here
+    with _quiet():
         for path in files:
             with _readable(path) as stream:
                 try:

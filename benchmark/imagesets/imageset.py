@@ -113,7 +113,7 @@ class ImageSet:
         return chosen
 
     def _read(self, rows: NDArray[np.int64]) -> Pixels:
-        images = self.source.read(rows)
+        images = self.source.read(np.ascontiguousarray(rows))
         if images.dtype.kind == "f":
             for row, image in zip(rows, images, strict=True):
                 low, high = float(image.min()), float(image.max())
@@ -223,28 +223,27 @@ def paired(recons: ImageSet, truths: ImageSet) -> tuple[ImageSet, ImageSet]:
     where = {key: k for k, key in enumerate(truth_keys)}
     without = [k for k, key in enumerate(recon_keys) if key not in where]
     if without:
-        raise _unpaired(recons, truths, without, "reconstruction")
+        raise _unpaired(recons, truths, without)
     partners = np.array([where[key] for key in recon_keys], np.int64)
     for subject in dict.fromkeys(own_subjects):
         used = {int(partner) for partner, own in zip(partners, own_subjects, strict=True) if own == subject}
         left_over = [k for k in range(len(truths)) if k not in used and truth_keys[k][0] in (None, subject)]
         if left_over:
-            raise _unpaired(recons, truths, left_over, "truth", subject)
+            raise _unpaired(truths, recons, left_over, subject)
     left_over = [k for k in range(len(truths)) if truth_keys[k][0] not in (None, *own_subjects)]
     if left_over:
-        raise _unpaired(recons, truths, left_over, "truth")
+        raise _unpaired(truths, recons, left_over)
     return recons, truths.select(partners)
 
 
-def _unpaired(recons: ImageSet, truths: ImageSet, lonely: list[int], of: str, subject: int | None = None) -> UserError:
-    """Return the error for images of one side without a partner: how many, the first names, and the nearest name."""
-    one, other = (recons, truths) if of == "reconstruction" else (truths, recons)
-    labels = [one.label(k) for k in lonely[:SHOWN]]
-    near = did_you_mean(labels[0], [other.label(k) for k in range(min(len(other), _NEAR))])
-    counts = f"{counted(len(recons), 'image')} in {place(recons.path)}, {len(truths)} in {place(truths.path)}"
-    missing = "truth" if of == "reconstruction" else "reconstruction"
+def _unpaired(these: ImageSet, others: ImageSet, lonely: list[int], subject: int | None = None) -> UserError:
+    """Return the error for images without a partner: how many, the first names, and the nearest among the others."""
+    labels = [these.label(k) for k in lonely[:SHOWN]]
+    near = did_you_mean(labels[0], [others.label(k) for k in range(min(len(others), _NEAR))])
+    this, other = these.what.removesuffix("s"), others.what.removesuffix("s")
     by = "" if subject is None else f" of subject {subject}"
     return UserError(
-        f"no {missing}{by} for {counted(len(lonely), of)}: {listed(labels, len(lonely))}{near} ({counts})\n"
-        f"every image needs its partner under the same id: add or rename the {missing}s, or leave the {of}s out"
+        f"no {other}{by} for {counted(len(lonely), this)}: {listed(labels, len(lonely))}{near} "
+        f"({counted(len(these), this)} in {place(these.path)}, {counted(len(others), other)} in {place(others.path)})\n"
+        f"each needs its partner under the same id: add or rename the {others.what}, or leave these {these.what} out"
     )
