@@ -85,6 +85,7 @@ class Result:
         subsets: name -> the same images less those that are not in the subset.
         per_image: one row an image and metric, with the columns of :data:`leaderboard.statistics.COLUMNS`.
         notes: sentences a reader should see.
+        unlike: those of them that say where number and size of the images are not those of the publication.
         digests: network -> SHA-256 of its weights.
     """
 
@@ -96,6 +97,7 @@ class Result:
     subsets: dict[str, Block]
     per_image: pa.Table
     notes: tuple[str, ...]
+    unlike: tuple[str, ...]
     digests: dict[str, str]
 
     def as_json(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +214,11 @@ def score_images(
         subsets=blocks,
         per_image=per_image,
         notes=_notes(recons, truths, found, overall),
+        unlike=tuple(
+            note
+            for note in first.notes
+            if note in first.remarks or note.startswith(f"protocol '{protocol.name}' scores ")
+        ),
         digests=first.digests,
     )
 

@@ -69,6 +69,9 @@ def _result_parts(result: Result) -> Iterator[RenderableType]:
     yield Text(INTERVALS[min(2, max(1, len(result.overall.by_subject)))], style="dim")
     if result.overall.candidates is not None:
         yield Text(f"CLIP-1000: top-1 among {result.overall.candidates} images", style="dim")
+    extra = [key for key in result.overall.metrics if key in result.protocol.extra]
+    if extra:
+        yield Text(f"{', '.join(extra)}: not in that publication; computed with its preparation", style="dim")
     for note in result.notes:
         yield Text(f"note: {one_line(note, 1000)}")
 
@@ -146,31 +149,37 @@ def _comparison_parts(results: Mapping[str, Result], notes: Sequence[str], width
     first = next(iter(results.values()))
     yield Text(f"the same {first.overall.n_images} images under {len(results)} protocols", style="bold")
     keys = list(first.overall.metrics)
-    lead = max(len(name) for name in (*results, "largest - smallest")) + 2
+    lead = max(len(name) for name in (*results, "largest - smallest")) + 2 + 8 + 5
     room = max(1, (width - lead) // 9)
     for start in range(0, len(keys), room):
         yield Text()
         yield _comparison_table(results, keys[start : start + room])
     yield Text()
-    for note in notes:
-        yield Text(f"note: {one_line(note, 1000)}")
+    yield Text(
+        "images, px: how many images, and reconstructions of which size, a protocol was published with", style="dim"
+    )
     told: dict[str, list[str]] = {}
     for name, result in results.items():
         for note in result.notes:
-            told.setdefault(note, []).append(name)
+            if note not in result.unlike:
+                told.setdefault(note, []).append(name)
+    for note in notes:
+        yield Text(f"note: {one_line(note, 1000)}")
     for note, names in told.items():
         where = "" if len(names) == len(results) else f"{', '.join(names)}: "
         yield Text(f"note: {where}{one_line(note, 1000)}")
-    yield Text("Rows of different protocols are never ranked together: the differences above are the protocols' own.")
+    yield Text("Scores under different protocols are never ranked together: these differences are the protocols' own.")
 
 
 def _comparison_table(results: Mapping[str, Result], keys: Sequence[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("protocol", no_wrap=True)
-    for key in keys:
-        table.add_column(f"{key}\n{CARDS[key].arrow}", justify="right", no_wrap=True)
+    for title in ("images", "px", *(f"{key}\n{CARDS[key].arrow}" for key in keys)):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, result in results.items():
-        table.add_row(name, *(shown(key, result.overall.metrics.get(key)) for key in keys))
+        published = (result.protocol.n_images, result.protocol.recon_size)
+        cells = (shown(key, result.overall.metrics.get(key)) for key in keys)
+        table.add_row(name, *(str(number or MISSING) for number in published), *cells)
     table.add_row()
     means = {key: _means(results, key) for key in keys}
     movements = {
@@ -180,7 +189,7 @@ def _comparison_table(results: Mapping[str, Result], keys: Sequence[str]) -> Tab
     }
     for title, movement in movements.items():
         cells = (format_value(key, movement(means[key])) if means[key] else MISSING for key in keys)
-        table.add_row(title, *cells, style="bold" if "-" in title else "dim")
+        table.add_row(title, "", "", *cells, style="bold" if "-" in title else "dim")
     return table
 
 
