@@ -146,6 +146,7 @@ class PreparedData:
         subjects: ascending, from 1.
         shared_ids: NSD ids that every subject was to see, ascending.
         sizes: sides of the images, in pixels, the largest first.
+        parts: what the store holds, of ``release.PARTS``.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -157,6 +158,7 @@ class PreparedData:
         self.limits: tuple[str, ...] = tuple(about["limits"])
         self.subjects: tuple[int, ...] = tuple(about["subjects"])
         self.sizes: tuple[int, ...] = tuple(about["sizes"])
+        self.parts: tuple[str, ...] = tuple(about["parts"])
         self.shared_ids = np.array(about["shared_ids"], np.int64)
         self._sessions: Mapping[str, int] = about["sessions"]
 
