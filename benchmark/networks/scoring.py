@@ -236,13 +236,17 @@ def scoring_network(name: str, weights: Path | None = None, random_seed: int | N
 @contextmanager
 def _full_precision(device: str) -> Iterator[None]:
     """Compute in float32 whatever the surrounding program allows: no autocast, no TF32 in convolutions or products."""
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision, torch.get_float32_matmul_precision()
+    backends: Any = torch.backends
+    convolutions, products = backends.cudnn.conv, (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = convolutions.fp32_precision, [product.fp32_precision for product in products]
+    lowered = {"tf32", "bf16"}.intersection(before[1])
     convolutions.fp32_precision = "ieee"
-    torch.set_float32_matmul_precision("highest")
+    if lowered:  # by this function, which knows both of torch's ways to set it; they must not disagree
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device, enabled=False):
             yield
     finally:
         convolutions.fp32_precision = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        if lowered:
+            torch.set_float32_matmul_precision("medium" if "bf16" in lowered else "high")
