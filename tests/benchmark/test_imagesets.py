@@ -30,6 +30,8 @@ from scipy.io import savemat
 
 from benchmark.errors import UserError
 from benchmark.imagesets import ImageSet, containers, paired, read_ids, read_images, read_subset
+from metrics.evaluate import evaluate
+from metrics.protocols import get_protocol
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(4)
@@ -180,6 +182,20 @@ def test_rounding_past_the_ends_is_clipped(tmp_path: Path) -> None:
     values[1, 0, 0] = [1.0005, -0.0005, 0.5]
     np.save(tmp_path / "a.npy", values)
     np.testing.assert_array_equal(read_images(tmp_path / "a.npy")[:], values.clip(0, 1))
+
+
+def test_sets_on_disk_score_as_arrays_in_memory_do(tmp_path: Path) -> None:
+    other = RNG.permutation(BYTES.reshape(-1, 3)).reshape(BYTES.shape)
+    np.save(tmp_path / "a.npy", other.transpose(0, 3, 1, 2) / np.float32(255))
+    (tmp_path / "a.ids.txt").write_text("4\n3\n2\n1\n0\n")
+    truths = read_images(_folder(tmp_path / "f", list("01234")))
+    recons, seen = paired(read_images(tmp_path / "a.npy"), truths)
+    keys = ("PixCorr", "SSIM")
+    scores = evaluate(recons, seen, get_protocol("brain-it"), {}, recons.ids, keys=keys)
+    plain = evaluate(other[::-1].copy(), BYTES, get_protocol("brain-it"), {}, [0, 1, 2, 3, 4], keys=keys)
+    assert scores.image_ids == (4, 3, 2, 1, 0)
+    for key in keys:
+        np.testing.assert_allclose(scores.per_image[key], plain.per_image[key][::-1], atol=1e-6)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -534,6 +550,7 @@ def _saved(path: Path, array: np.ndarray) -> Path:
         (BYTES[:, :, :6], ("6 x 8 pixels; expected square images; crop them",)),
         (np.zeros((1, 4097, 4097, 3), np.uint8), ("4097 x 4097 pixels; expected at most 4096 a side; resize them",)),
         (np.zeros((1, 0, 0, 3), np.uint8), ("0 x 0 pixels",)),
+        (np.zeros((200_001, 1, 1, 3), np.uint8), ("200001 images; expected at most 200000",)),
         (np.array([{"a": 1}], object), ("Python objects", "could run code", "refused")),
         (np.zeros(4, [("a", "f4")]), ("a.npy",)),
     ],
