@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import os
+import tokenize
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +193,8 @@ def convert(
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return parts
 
 
@@ -215,9 +218,8 @@ def load(path: Path, role: str | None = None) -> tuple[dict[str, Tensor], dict[s
             if role is None and len(parts) == 1:
                 (role,) = parts
             if role not in parts:
-                raise UserError(
-                    f"{path}: holds {', '.join(parts)}; not '{role}'" if role else f"{path}: say which part"
-                )
+                wish = f"not {role}" if role else "say which part"
+                raise UserError(f"{path}: holds {', '.join(parts)}; {wish}")
             prefix = parts[role]["prefix"]
             names = [name for name in file.keys() if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
@@ -367,7 +369,10 @@ def _read_npy(path: Path) -> np.ndarray:
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"npy format {version}")
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        _, _, dtype = header(file)
+        try:
+            _, _, dtype = header(file)
+        except tokenize.TokenError as error:  # numpy lets it through
+            raise ValueError(f"an npy header that cannot be parsed: {error}") from None
         if not dtype.hasobject:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         return _table_of(read(file.read()), 0)

@@ -153,7 +153,7 @@ def refusing(where: object) -> Iterator[None]:
         ValueError,
         struct.error,
     ) as error:
-        reason = printable(error, 100) or type(error).__name__
+        reason = printable(error, 100) if type(error) is ValueError else f"{type(error).__name__} {printable(error)}"
         raise UserError(f"{where}: damaged, or not a file of weights ({reason}); download it again") from None
 
 

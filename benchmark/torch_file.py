@@ -47,7 +47,7 @@ _TAR_MAGIC = slice(257, 262)
 _MOST_DIMENSIONS = 16
 _LONGEST_SETTING = 64
 _DEEPEST = 64  # modules within modules
-_MOST_PARTS = 1_000_000  # modules, tensors and attributes, each counted as often as it is met
+_MOST_PARTS = 200_000  # modules, tensors and attributes, each counted as often as it is met
 
 
 @dataclass(eq=False)

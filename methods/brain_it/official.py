@@ -400,8 +400,8 @@ def _match(expressions: str, shape: Shape, sizes: dict[str, int]) -> str | None:
         if all(_value(word, learnt) == size for word, size in zip(words, shape, strict=True)):
             sizes |= learnt
             return None
-    values = [_value(word, sizes) for word in words]
-    return f"({', '.join(word if value is None else str(value) for word, value in zip(words, values, strict=True))})"
+    expected = [str(_value(word, sizes) or word) for word in words]
+    return f"({', '.join(expected)}{',' * (len(expected) == 1)})"
 
 
 def _settings(
@@ -420,7 +420,7 @@ def _settings(
     noted = {}
     for what, pattern in architecture.noted.items():
         values = [value for name, value in settings.items() if re.fullmatch(pattern, name)]
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values[1:]):
             different.append(f"{what} differs between layers")
         elif values:
             noted[what] = values[0]
