@@ -42,27 +42,35 @@ def _count(job: Job) -> int:
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _smooth(rng: np.random.Generator, grid: int, size: int) -> NDArray[np.float32]:
-    """A random field that varies over ``size / grid`` pixels, (size, size, 3)."""
-    field = torch.from_numpy(rng.standard_normal((1, 3, grid, grid), dtype=np.float32))
-    large = functional.interpolate(field, (size, size), mode="bicubic", align_corners=False)
-    return large[0].permute(1, 2, 0).numpy()
+def _enlarged(field: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """A small (h, w, 3) field as a smooth one of (size, size, 3)."""
+    planes = torch.from_numpy(field).permute(2, 0, 1)[None]
+    return functional.interpolate(planes, (size, size), mode="bilinear", align_corners=True)[0].permute(1, 2, 0).numpy()
 
 
 def _images(job: Job) -> _Images:
-    """Coloured clouds with texture and clipped, flat areas; a reconstruction keeps the large clouds, to some degree."""
+    """Coloured clouds with texture and clipped, flat areas; a reconstruction keeps the clouds, to some degree."""
     n = _count(job)
     truths = np.empty((n, _LARGE, _LARGE, 3), np.uint8)
     recons = np.empty((n, _COMMON, _COMMON, 3), np.uint8)
+    # Texture is cut from one sheet: fresh noise for every image would take longer than the scores.
+    rng = np.random.default_rng(1)
+    sheet = _enlarged(20 * rng.standard_normal((150, 150, 3), dtype=np.float32), 2 * _LARGE)
+    sheet += 6 * rng.standard_normal(sheet.shape, dtype=np.float32)
+
+    def texture(size: int) -> NDArray[np.float32]:
+        top, left = rng.integers(0, len(sheet) - size, 2)
+        return sheet[top : top + size, left : left + size]
+
     for k in range(n):
-        rng = np.random.default_rng((1, k))
-        clouds = _smooth(rng, 7, _LARGE)
-        truth = 128 + 70 * clouds + 40 * _smooth(rng, 60, _LARGE)
-        truth += 12 * rng.standard_normal(truth.shape, dtype=np.float32)
-        truths[k] = np.clip(truth, 0, 255)
-        kept = functional.interpolate(torch.from_numpy(clouds).permute(2, 0, 1)[None], (_COMMON, _COMMON), mode="area")
-        recon = 128 + 70 * rng.uniform(0.2, 1) * kept[0].permute(1, 2, 0).numpy() + 40 * _smooth(rng, 30, _COMMON)
-        recons[k] = np.clip(recon, 0, 255)
+        clouds = rng.standard_normal((2, 7, 7, 3), dtype=np.float32)
+        kept = rng.uniform(0.2, 1)
+        for images, field in ((truths, clouds[0]), (recons, kept * clouds[0] + 0.3 * clouds[1])):
+            size = images.shape[1]
+            image = _enlarged(100 * field, size)
+            image += texture(size)
+            image += 128
+            images[k] = np.clip(image, 0, 255, out=image)
     return _Images(truths, recons)
 
 
