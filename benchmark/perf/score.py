@@ -99,7 +99,8 @@ def _resized(images: Tensor, size: int) -> Tensor:
 def plain_pixels(images: _Images, job: Job) -> Results:
     """PixCorr, SSIM and colour SSIM of every pair, each metric resizing all images for itself."""
     truths, recons = (
-        _resized(torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255, _COMMON) for x in (images.truths, images.recons)
+        _resized(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().float() / 255, _COMMON)
+        for x in (images.truths, images.recons)
     )
     flat = [_resized(x, _LARGE).flatten(1).numpy() for x in (truths, recons)]
     pixcorr = [np.corrcoef(t, r)[0, 1] for t, r in zip(*flat, strict=True)]
