@@ -308,8 +308,9 @@ class _Preparation:
     def _fill(self, step: Step) -> None:
         writers = step.writers
         first = next(iter(writers.values()))
-        todo = sorted({run for writer in writers.values() for run in writer.todo})
-        wanted = {run: [name for name, writer in writers.items() if run in writer.todo] for run in todo}
+        open_runs = {name: set(writer.todo) for name, writer in writers.items()}
+        todo = sorted(set().union(*open_runs.values()))
+        wanted = {run: [name for name, runs in open_runs.items() if run in runs] for run in todo}
         left = sum(stop - start for start, stop in map(first.bounds, todo))
         rows = first.shape[0]
         with self.progress.bar(step.title, total=rows, start=rows - left, share=True) as bar:
@@ -328,8 +329,9 @@ class _Preparation:
         for subject in tree.subjects:
             vertices = [tree.vertices(subject, hemisphere) for hemisphere in _SIDES]
             name = f"{subject_folder(subject)}/voxels.parquet"
+            identity = {"vertices": self.recipes.vertices(subject)}
             voxels: dict[str, Any] = {}
-            if self._written(name):
+            if self._written(name) and self.manifest.tables[name]["identity"] == identity:
                 table = pq.read_table(self.out / name)  # what an earlier call knew stays
                 voxels = {column: table[column].to_numpy() for column in table.column_names}
             voxels["hemisphere"] = np.repeat([0, 1], [len(v) for v in vertices]).astype(np.int8)
@@ -341,7 +343,7 @@ class _Preparation:
             for surface in self.surfaces if "surfaces" in self.parts else ():
                 points = tree.coordinates(subject, surface)
                 voxels |= {f"{surface}_{axis}": points[:, k] for k, axis in enumerate("xyz")}
-            self._write(Table(name, voxels, {"vertices": self.recipes.vertices(subject)}))
+            self._write(Table(name, voxels, identity))
 
     def _written(self, name: str) -> bool:
         """Return whether a table is in the manifest and on the disk, as it was written."""
@@ -376,8 +378,8 @@ class _Preparation:
         about["complete"] = True
         self._save()
         shutil.rmtree(self.out / WORK, ignore_errors=True)
-        for pattern in ("*.part", "*.marks", "*/*.part", "*/*.marks"):  # of settings that were given up
-            for leftover in self.out.glob(pattern):
+        for ending in (".part", ".marks", ".tmp"):  # of settings that were given up, of processes that were killed
+            for leftover in [*self.out.glob(f"*{ending}"), *self.out.glob(f"*/*{ending}")]:
                 leftover.unlink()
 
     def _save(self) -> None:
