@@ -294,6 +294,9 @@ class ScoreConfig(Settings):
     """How reconstructions are scored."""
 
     protocol: str = Field("brain-it", description="Name of the protocol (python -m metrics protocols).")
+    random_weights: int | None = Field(
+        None, ge=0, description="Draw the judges' weights from this seed: scores mean nothing then (smoke runs)."
+    )
 
 
 class Variant(Settings):

@@ -306,11 +306,15 @@ def random_weights(name: str) -> tuple[str, int | None]:
     return (base, int(seed)) if found and seed.isdecimal() else (name, None)
 
 
-def network_digests(names: Mapping[str, str]) -> dict[str, str]:
-    """Return role -> SHA-256 of the weights, for fingerprints; ``names`` is role -> network.
+def network_digests(names: Mapping[str, str], absent: str | None = None) -> dict[str, str]:
+    """Return role -> SHA-256 of the weights, for fingerprints.
+
+    Args:
+        names: role -> network.
+        absent: stands for the digest of a file that is not there, for a plan that will not run.
 
     Raises:
-        UserError: a network that this release cannot load.
+        UserError: a network that this release cannot load, or whose file is missing.
     """
     digests = {}
     for role, full in names.items():
@@ -320,6 +324,8 @@ def network_digests(names: Mapping[str, str]) -> dict[str, str]:
             raise UserError(f"networks.{role} is '{name}', which this release cannot load; it has {known}")
         if seed is not None:
             digests[role] = f"random-{seed}"
+        elif absent is not None and missing_weights([name]):
+            digests[role] = absent
         else:
             digests[role] = generator_digest() if name == "demo" else weights_digest(name)
     return digests

@@ -14,14 +14,28 @@ if TYPE_CHECKING:
     from benchmark.networks.backbones import LazyBackbones, scoring_backbones
     from benchmark.networks.demo import EfficientNetLite, ResNet50, SpatialTokens
     from benchmark.networks.features import FeatureNetwork
-    from benchmark.networks.registry import encoder_backbone, feature_network, generator, refiner, semantic_network
+    from benchmark.networks.registry import (
+        autoencoder,
+        encoder_backbone,
+        feature_network,
+        generator,
+        refiner,
+        semantic_network,
+    )
     from benchmark.weights import missing_weights
 
 _HOME = {
     "benchmark.networks.backbones": ("LazyBackbones", "scoring_backbones"),
     "benchmark.networks.demo": ("EfficientNetLite", "ResNet50", "SpatialTokens"),
     "benchmark.networks.features": ("FeatureNetwork",),
-    "benchmark.networks.registry": ("encoder_backbone", "feature_network", "generator", "refiner", "semantic_network"),
+    "benchmark.networks.registry": (
+        "autoencoder",
+        "encoder_backbone",
+        "feature_network",
+        "generator",
+        "refiner",
+        "semantic_network",
+    ),
     "benchmark.weights": ("missing_weights",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -32,6 +46,7 @@ __all__ = [
     "LazyBackbones",
     "ResNet50",
     "SpatialTokens",
+    "autoencoder",
     "encoder_backbone",
     "feature_network",
     "generator",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -205,9 +206,18 @@ def lite_tokens(name: str) -> SpatialTokens:
     return SpatialTokens(EfficientNetLite(name), parts.token_mean, parts.token_std)
 
 
-def demo_generator(name: str) -> Generator:
+def demo_generator(name: str, unet: Path | None = None) -> Generator:
     """Return the diffusion model that turns the demo's semantic tokens into images of 64 x 64 pixels."""
     from benchmark.demo_generator.model import IMAGE_SIZE, DemoGenerator
 
     parts = DemoGenerator.load()
+    if unet is not None:
+        parts.unet.load_state_dict(load_file(unet))
     return Generator(parts.vae, parts.unet, image_size=IMAGE_SIZE)
+
+
+def demo_autoencoder(name: str) -> tuple[nn.Module, int]:
+    """Return the autoencoder of the demo's generator, and the side of its images."""
+    from benchmark.demo_generator.model import IMAGE_SIZE, DemoGenerator
+
+    return DemoGenerator.load().vae, IMAGE_SIZE

@@ -16,6 +16,7 @@ from benchmark.weights import random_weights
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from benchmark.networks.demo import SpatialTokens
     from benchmark.networks.features import FeatureNetwork
@@ -43,6 +44,7 @@ _LOADERS: Mapping[str, Mapping[str, str]] = {
     "encoder": {"lite0": "demo:lite_backbone", "dinov2-vitl14-reg4": "paper:dino_backbone"},
     "semantic": {"lite0": "demo:lite_tokens", "openclip-bigg14": "paper:bigg_tokens"},
     "generator": {"demo": "demo:demo_generator", "sdxl-unclip": "unclip:sdxl_unclip"},
+    "autoencoder": {"demo": "demo:demo_autoencoder", "sdxl-unclip": "unclip:sdxl_autoencoder"},
     "refiner": {"zavychromaxl-v3": "sdxl:sdxl_refiner"},
 }
 
@@ -52,6 +54,7 @@ def _load(role: str, name: str, *arguments: Any, **options: Any) -> Any:
     name, seed = random_weights(name)
     known = _LOADERS[role]
     if name not in known:
+        role = "generator" if role == "autoencoder" else role
         raise UserError(f"networks.{role} is '{name}', which this release cannot load; it has {', '.join(known)}")
     module, _, function = known[name].partition(":")
     loader: Callable[..., Any] = getattr(importlib.import_module(f"benchmark.networks.{module}"), function)
@@ -111,13 +114,31 @@ def semantic_network(
     return network
 
 
-def generator(name: str, weights: Path | None = None, dtype: torch.dtype | None = None) -> Generator:
-    """Return the diffusion model that turns semantic tokens into images; ``dtype`` is that of its UNet's weights.
+def generator(
+    name: str, weights: Path | None = None, dtype: torch.dtype | None = None, unet: Path | None = None
+) -> Generator:
+    """Return the diffusion model that turns semantic tokens into images.
+
+    Args:
+        name: as in the settings.
+        weights: folder of the weights files.
+        dtype: in which the UNet's weights are kept; float32 by default.
+        unet: ``safetensors`` file of a UNet that was trained further, read instead of the published one.
 
     Raises:
         UserError: no such generator here, or its weights are missing.
     """
-    made: Generator = _load("generator", name, weights=weights, dtype=dtype)
+    made: Generator = _load("generator", name, weights=weights, dtype=dtype, unet=unet)
+    return made
+
+
+def autoencoder(name: str, weights: Path | None = None) -> tuple[nn.Module, int]:
+    """Return a generator's autoencoder, between images and latents, and the side of the generator's images in pixels.
+
+    Raises:
+        UserError: no such generator here, or its weights are missing.
+    """
+    made: tuple[nn.Module, int] = _load("autoencoder", name, weights=weights)
     return made
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmark.networks.files import load_weights
 from benchmark.networks.seeded import seeded
-from benchmark.networks.unclip import UNET, build_unet, build_vae, read_unclip
+from benchmark.networks.unclip import UNET, build_unet, build_vae, read_unet, read_vae
 from benchmark.weights import DOWNLOADS, weights_file
 from methods.brain_it.refine import Prompt, Refiner
 
@@ -140,13 +140,14 @@ def sdxl_refiner(
     """
     clip_l = text_tower(CLIP_L, quick=True, projected=False)
     bigg = text_tower(CLIP_BIGG, quick=False, projected=True)
+    unet, vae = build_unet(SDXL_UNET), build_vae()
     if random_seed is not None:
-        unet, vae = build_unet(SDXL_UNET), build_vae()
         for part, of in ((unet, "unet"), (vae, "vae"), (clip_l, "clip-l"), (bigg, "bigg")):
             seeded(part, f"{name} {of}", random_seed, dtype if part is unet else torch.float32)
     else:
         path, what = weights_file(name, weights), DOWNLOADS[name].title
-        unet, vae = read_unclip(path, what, unet=SDXL_UNET, dtype=dtype)
+        read_unet(unet, path, what, SDXL_UNET, dtype)
+        read_vae(vae, path, what)
         load_weights(clip_l, path, what, only=(_CLIP_L_PREFIX,), convert=clip_l_names)
         load_weights(bigg, path, what, only=(_BIGG_PREFIX,), convert=bigg_names)
     for part in (unet, vae, clip_l, bigg):

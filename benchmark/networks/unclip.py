@@ -110,46 +110,78 @@ def _refusing(
     return convert
 
 
-def read_unclip(
+def read_unet(
+    unet: nn.Module,
     path: Path,
     what: str,
-    *,
-    unet: Mapping[str, Any] = UNET,
-    vae: Mapping[str, Any] = VAE,
+    config: Mapping[str, Any] = UNET,
     dtype: torch.dtype = torch.float32,
-) -> tuple[nn.Module, nn.Module]:
-    """Return the UNet and the autoencoder of an sgm checkpoint, every one of their tensors used and none missing.
+) -> None:
+    """Fill a UNet of :func:`build_unet` from an sgm checkpoint: all of its tensors used, none missing.
 
     Args:
+        unet: on the ``meta`` device.
         path: ``.ckpt`` (a dict with ``state_dict``) or ``.safetensors``.
         what: for messages.
-        unet: sizes; SDXL-unCLIP's by default.
-        vae: sizes; SDXL's by default.
-        dtype: of the UNet's weights; the autoencoder stays in float32, since it overflows in half precision.
+        config: its sizes.
+        dtype: in which its weights are kept.
 
     Raises:
         UserError: the file is missing, damaged or of another network; the message names the first tensor at fault.
     """
-    made, encoder = build_unet(unet), build_vae(vae)
-    load_weights(made, path, what, dtype=dtype, only=(UNET_PREFIX,), convert=_refusing(unet_names, unet))
-    load_weights(encoder, path, what, only=(VAE_PREFIX,), convert=_refusing(vae_names, vae))
-    return made, encoder
+    load_weights(unet, path, what, dtype=dtype, only=(UNET_PREFIX,), convert=_refusing(unet_names, config))
+
+
+def read_vae(vae: nn.Module, path: Path, what: str, config: Mapping[str, Any] = VAE) -> None:
+    """Fill an autoencoder of :func:`build_vae` from an sgm checkpoint, in float32: it overflows in half precision.
+
+    Raises:
+        UserError: as :func:`read_unet`.
+    """
+    load_weights(vae, path, what, only=(VAE_PREFIX,), convert=_refusing(vae_names, config))
 
 
 def sdxl_unclip(
-    name: str, weights: Path | None = None, random_seed: int | None = None, dtype: torch.dtype = torch.float32
+    name: str,
+    weights: Path | None = None,
+    random_seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    unet: Path | None = None,
 ) -> Generator:
     """Return SDXL-unCLIP, frozen, for images of 256 pixels: its vector says (256, 256) and crop (0, 0) (Sec. D.3).
+
+    Args:
+        name: of :data:`benchmark.weights.DOWNLOADS`.
+        weights: folder of the weights files.
+        random_seed: draw the weights instead.
+        dtype: in which the UNet's weights are kept.
+        unet: file of a UNet that was trained further (diffusers' names), read instead of the published one.
 
     Raises:
         UserError: the file is missing or does not fit.
     """
+    vae, _ = sdxl_autoencoder(name, weights, random_seed)
+    made = build_unet()
+    if unet is not None:
+        load_weights(made, unet, f"the trained UNet of {name}", dtype=dtype)
+    elif random_seed is not None:
+        seeded(made, name, random_seed, dtype)
+    else:
+        read_unet(made, weights_file(name, weights), DOWNLOADS[name].title, dtype=dtype)
+    made.eval().requires_grad_(False)
+    return Generator(vae, made, image_size=IMAGE_SIZE, vector=size_vector(IMAGE_SIZE, IMAGE_SIZE))  # type: ignore[arg-type]
+
+
+def sdxl_autoencoder(name: str, weights: Path | None = None, random_seed: int | None = None) -> tuple[nn.Module, int]:
+    """Return the autoencoder of SDXL-unCLIP, frozen, and the side of Brain-IT's images.
+
+    Raises:
+        UserError: the file is missing or does not fit.
+    """
+    vae = build_vae()
     if random_seed is not None:
-        unet, vae = build_unet(), build_vae()
-        seeded(unet, name, random_seed, dtype)
         seeded(vae, f"{name} vae", random_seed)
     else:
-        unet, vae = read_unclip(weights_file(name, weights), DOWNLOADS[name].title, dtype=dtype)
-    for part in (unet, vae):
-        part.eval().requires_grad_(False)
-    return Generator(vae, unet, image_size=IMAGE_SIZE, vector=size_vector(IMAGE_SIZE, IMAGE_SIZE))  # type: ignore[arg-type]
+        read_vae(vae, weights_file(name, weights), DOWNLOADS[name].title)
+    vae.eval().requires_grad_(False)
+    return vae, IMAGE_SIZE

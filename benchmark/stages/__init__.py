@@ -13,7 +13,7 @@ from benchmark.config import BranchConfig, EncoderConfig, JointConfig, Variant
 from benchmark.data.settings import SIMULATION_VERSION
 from benchmark.errors import UserError
 from benchmark.graph import Resources, Stage
-from benchmark.weights import network_digests, weights_digest
+from benchmark.weights import network_digests
 from metrics.cards import CARDS
 from metrics.protocols import get_protocol, protocol_record
 
@@ -60,19 +60,27 @@ class VariantStages:
         return tuple(found.values())
 
 
-def variant_stages(variant: Variant, label: str, data_digest: str | None = None) -> VariantStages:
+def variant_stages(
+    variant: Variant,
+    label: str,
+    data_digest: str | None = None,
+    prepare: Stage | None = None,
+    absent: str | None = None,
+) -> VariantStages:
     """Return the stages of ``variant``.
 
     Args:
         variant: what to run.
         label: how people know it, e.g. ``clusters=128``.
         data_digest: SHA-256 of the NSD tree that ``--data`` names; None simulates one.
+        prepare: a stage that writes what stage ``prepare`` writes, instead of it.
+        absent: stands for the digest of a weights file that is not there, for a plan that will not run.
 
     Raises:
         UserError: a network that this release cannot load, or a setting that it does not know.
     """
     seed, networks = variant.seed, variant.networks
-    weights = network_digests(networks.roles())
+    weights = network_digests(networks.roles(), absent)
     memory = {name: value for name, value in variant.memory.model_dump().items() if value}
     checkpointing = {name: value for name, value in memory.items() if name == "checkpointing"}
     sampling = {name: value for name, value in memory.items() if name != "checkpointing"}
@@ -89,7 +97,9 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
 
     prepare_upstream: dict[str, Stage] = {}
     digests: dict[str, str] = {}
-    if data_digest is None:
+    if prepare is not None:
+        pass
+    elif data_digest is None:
         assert variant.data.simulation is not None, "a variant without a simulation needs --data"
         prepare_upstream["nsd"] = Stage(
             name="simulate",
@@ -100,7 +110,7 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
     else:
         digests["nsd"] = data_digest
     data = variant.data
-    prepare = Stage(
+    prepare = prepare or Stage(
         name="prepare",
         run="benchmark.stages.prepare:run",
         config={
@@ -249,8 +259,9 @@ def variant_stages(variant: Variant, label: str, data_digest: str | None = None)
         "seed": seed,
         # What the name stands for: scores of an older form of a protocol or a metric are not taken for today's.
         "rules": {**protocol_record(protocol), "metrics": {key: card.version for key, card in CARDS.items()}},
+        "random_weights": variant.score.random_weights,
     }
-    judges = _judges(protocol.networks)
+    judges = _judges(protocol.networks, variant.score.random_weights, absent)
     both = sorted(set(judges) & set(networks.roles().values()))
     if both:
         raise UserError(f"network '{both[0]}' judges in protocol {protocol.name}, so it cannot be a target too")
@@ -281,7 +292,6 @@ def _taps(variant: Variant) -> dict[str, Any]:
     return {"taps": list(encoder.taps), "adapter_rank": encoder.adapter_rank, "grid": encoder.grid}
 
 
-def _judges(names: Mapping[str, Any]) -> dict[str, str]:
-    for name in names:
-        network_digests({"judge": name})  # refuses what cannot be loaded
-    return {name: weights_digest(name) for name in names}
+def _judges(names: Mapping[str, Any], random_weights: int | None, absent: str | None) -> dict[str, str]:
+    suffix = "" if random_weights is None else f"@random-{random_weights}"
+    return {name: network_digests({"judge": name + suffix}, absent)["judge"] for name in names}

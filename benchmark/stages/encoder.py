@@ -114,7 +114,7 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
         betas = np.stack([data.betas[s][r][c] for s, r, c in zip(subject, row, columns, strict=True)])
         voxels = torch.from_numpy(columns + starts[subject][:, None])
         predicted = encoder(taps(targets[pick], generator), voxels.to(ctx.device))
-        return encoder_loss(predicted, torch.from_numpy(betas).to(ctx.device)), {}
+        return encoder_loss(predicted, torch.from_numpy(betas).float().to(ctx.device)), {}
 
     def correlations() -> list[Tensor]:
         found = []
@@ -126,7 +126,7 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
                     for part in np.array_split(own, max(1, len(own) // PREDICT_BATCH))
                 ]
             )
-            measured = torch.from_numpy(data.betas[position][validation.row[own]])
+            measured = torch.from_numpy(data.betas[position][validation.row[own]]).float()
             found.append(voxel_correlation(predicted, measured))
         return found
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +17,10 @@ import numpy as np
 from benchmark.context import StageContext
 from benchmark.data.images import prepare_images
 from benchmark.data.nsd import NSD
+from benchmark.data.prepared import PreparedData, is_store, subject_folder
 from benchmark.data.settings import SimulationSettings
 from benchmark.data.simulate import simulate
+from benchmark.data.sources import open_tree
 from benchmark.data.splits import make_splits
 from benchmark.errors import UserError
 
@@ -32,16 +36,90 @@ def run_simulate(ctx: StageContext) -> dict[str, Any]:
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Read the tree; write images, averaged betas and the split.
+    """Read the data; write images, averaged betas and the split.
 
     Outputs: ``images.npy`` (images x S x S x 3 uint8, row = NSD id), ``external.npy`` (likewise), for each subject
-    ``betas_subjX.npy`` (images seen x voxels, float32: z-scored per session, repeats averaged) with ``ids_subjX.npy``
-    (ascending NSD ids), and ``meta.json``.
+    ``betas_subjX.npy`` (images seen x voxels: z-scored per session, repeats averaged; float32, from a store float16)
+    with ``ids_subjX.npy`` (ascending NSD ids), and ``meta.json``.
     """
     root = ctx.inputs[TREE] / TREE if TREE in ctx.inputs else ctx.data
     if root is None:
-        raise UserError("no data: name the folder of an NSD tree with --data DIR")
-    nsd = NSD.open(root)
+        raise UserError("no data: name the folder of an NSD tree or of a prepared store with --data DIR")
+    source = open_data(root)
+    count = _from_store(ctx, source) if isinstance(source, PreparedData) else _from_tree(ctx, source)
+    splits = make_splits(source, seed=ctx.config["validation_seed"], fraction=ctx.config["validation_fraction"])
+    meta = {
+        "image_size": ctx.config["image_size"],
+        "subjects": list(source.subjects),
+        "n_voxels": [source.n_voxels(subject) for subject in source.subjects],
+        "train_ids": np.sort(np.concatenate(list(splits.train.values()))).tolist(),
+        "validation_ids": np.sort(np.concatenate(list(splits.validation.values()))).tolist(),
+        "shared_ids": np.asarray(source.shared_ids).tolist(),
+    }
+    (ctx.out / "meta.json").write_text(json.dumps(meta) + "\n")
+    return {
+        "subjects": len(source.subjects),
+        "voxels": sum(meta["n_voxels"]),
+        "train images": len(meta["train_ids"]),
+        "validation images": len(meta["validation_ids"]),
+        "test images": len(splits.test),
+        "external images": count,
+    }
+
+
+def open_data(root: Path) -> NSD | PreparedData:
+    """Open what ``--data`` names: a store of ``python -m benchmark.data prepare``, or an NSD tree.
+
+    Raises:
+        UserError: it is neither, or something in it is wrong; names the file.
+    """
+    if is_store(root):
+        return PreparedData.open(root)
+    tree = open_tree(root)
+    if not isinstance(tree, NSD):
+        raise UserError(
+            f"{root}: the Algonauts 2023 release; prepare it first, and name the store with --data:\n"
+            f"python -m benchmark.data prepare {root} --out STORE"
+        )
+    return tree
+
+
+def _from_store(ctx: StageContext, store: PreparedData) -> int:
+    """Take the arrays of a prepared store, without copying them where the file system can; return the external ones."""
+    size, limit = ctx.config["image_size"], ctx.config["external_images"]
+    ids = store.image_ids
+    if np.array_equal(ids, np.arange(len(ids))):
+        _take(store.root / f"images_{size}.npy", ctx.out / "images.npy", store.images(size))
+    else:  # rows are NSD ids here; images that the store lacks stay black, and nothing reads them
+        shape = (int(ids.max()) + 1, size, size, 3)
+        images = np.lib.format.open_memmap(ctx.out / "images.npy", "w+", np.uint8, shape)
+        for start in range(0, len(ids), CHUNK):
+            images[ids[start : start + CHUNK]] = store.images(size)[start : start + CHUNK]
+        images.flush()
+    count = len(store.external_names) if limit is None else min(limit, len(store.external_names))
+    if count and count == len(store.external_names):
+        _take(store.root / f"external_{size}.npy", ctx.out / "external.npy", store.external(size))
+    else:
+        some = store.external(size)[:count] if count else np.empty((0, size, size, 3), np.uint8)
+        np.save(ctx.out / "external.npy", some)
+    for subject in store.subjects:
+        array = store.averaged(subject)
+        _take(store.root / subject_folder(subject) / "averaged.npy", ctx.out / f"betas_subj{subject}.npy", array)
+        np.save(ctx.out / f"ids_subj{subject}.npy", store.seen(subject)[0].astype(np.int64))
+    return count
+
+
+def _take(source: Path, target: Path, array: np.ndarray) -> None:
+    """Give a file a second name; copy it where that cannot be. ``array`` is what it holds."""
+    assert len(array)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _from_tree(ctx: StageContext, nsd: NSD) -> int:
+    """Read an NSD tree; return the number of external images."""
     size = ctx.config["image_size"]
     images = np.lib.format.open_memmap(ctx.out / "images.npy", "w+", np.uint8, (nsd.n_images, size, size, 3))
     with ctx.progress.bar("images", total=nsd.n_images) as bar:
@@ -66,24 +144,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             np.save(ctx.out / f"betas_subj{subject}.npy", seen.betas.astype(np.float32))
             np.save(ctx.out / f"ids_subj{subject}.npy", seen.image_ids.astype(np.int64))
             bar.advance(1, f"subject {subject}")
-    splits = make_splits(nsd, seed=ctx.config["validation_seed"], fraction=ctx.config["validation_fraction"])
-    meta = {
-        "image_size": size,
-        "subjects": list(nsd.subjects),
-        "n_voxels": [nsd.n_voxels(subject) for subject in nsd.subjects],
-        "train_ids": np.sort(np.concatenate(list(splits.train.values()))).tolist(),
-        "validation_ids": np.sort(np.concatenate(list(splits.validation.values()))).tolist(),
-        "shared_ids": np.asarray(nsd.shared_ids).tolist(),
-    }
-    (ctx.out / "meta.json").write_text(json.dumps(meta) + "\n")
-    return {
-        "subjects": len(nsd.subjects),
-        "voxels": sum(meta["n_voxels"]),
-        "train images": len(meta["train_ids"]),
-        "validation images": len(meta["validation_ids"]),
-        "test images": len(splits.test),
-        "external images": count,
-    }
+    return count
 
 
 @dataclass(frozen=True)
@@ -162,7 +223,7 @@ class Prepared:
 
     @cached_property
     def betas(self) -> list[np.ndarray]:
-        """For each subject: images seen x voxels, float32."""
+        """For each subject: images seen x voxels, float32 or float16."""
         return [np.load(self.folder / f"betas_subj{s}.npy", mmap_mode="r") for s in self.subjects]
 
     @cached_property

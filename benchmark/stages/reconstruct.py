@@ -143,10 +143,7 @@ class _Work:
     def generated(self, lowlevel: Path) -> tuple[Path, Path]:
         """Sample images from the semantic tokens, alone and from the low-level images; return the two folders."""
         ctx, config = self.ctx, self.config
-        generator = networks.generator(config["generator"])
-        trained = load_file(ctx.inputs["joint"] / "unet.safetensors")
-        generator.unet.load_state_dict(trained)  # type: ignore[attr-defined]
-        del trained
+        generator = networks.generator(config["generator"], unet=ctx.inputs["joint"] / "unet.safetensors")
         generator.vae.to(ctx.device).eval()  # type: ignore[attr-defined]
         generator = replace(generator, unet=placed(generator.unet, ctx))  # type: ignore[arg-type]
         settings = GenerationSettings(

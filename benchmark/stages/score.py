@@ -16,7 +16,6 @@ from benchmark.context import StageContext
 from benchmark.stages import METHOD, image_name, seen_name
 from benchmark.stages.prepare import Prepared
 from benchmark.stages.reconstruct import KINDS, read_images
-from benchmark.weights import weights_digest
 from metrics.evaluate import TruthCache, evaluate
 from metrics.protocols import PROTOCOLS, Protocol, protocol_hash
 
@@ -36,7 +35,10 @@ class _Judge:
     @classmethod
     def of(cls, ctx: StageContext, folder: Path, ids: np.ndarray) -> _Judge:
         protocol = PROTOCOLS[ctx.config["protocol"]]
-        backbones = {name: networks.feature_network(name).to(ctx.device) for name in protocol.networks}
+        seed = ctx.config["random_weights"]
+        backbones = {
+            name: networks.feature_network(name, random_seed=seed).to(ctx.device) for name in protocol.networks
+        }
         images = read_images(folder / "seen", [seen_name(image) for image in ids])
         return cls(ctx, protocol, backbones, dict(zip(ids.tolist(), images, strict=True)))
 
@@ -76,7 +78,7 @@ class _Judge:
         ids = np.unique(index[:, 1])
         digest = protocol_hash(
             self.protocol,
-            {name: weights_digest(name) for name in self.protocol.networks},
+            dict(self.ctx.stage.digests),
             ids.tolist(),
             subjects=subjects,
             repeats=REPEATS,

@@ -37,8 +37,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     data = Prepared(ctx.inputs["data"])
     device = ctx.device
     layers = config["layers"]
-    generator = networks.generator(config["generator"])
-    vae = generator.vae.to(device)  # type: ignore[attr-defined]
+    vae, image_size = networks.autoencoder(config["generator"])
+    vae.to(device)
     semantic = semantic_network(config).to(device)
     lowlevel = networks.feature_network(config["lowlevel"]).to(device)
     backbone = None
@@ -56,7 +56,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
     def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
         images = data.target_images(rows)
-        found = {"latents": encode(vae, as_pixels(images, generator.image_size).to(device))}
+        found = {"latents": encode(vae, as_pixels(images, image_size).to(device))}  # type: ignore[arg-type]
         if backbone is not None:
             taps = backbone(as_pixels(images, config["encoder_size"]).to(device))
             found |= {f"encoder_{k}": tap for k, tap in enumerate(taps)}

@@ -262,6 +262,13 @@ def small_checkpoint() -> dict[str, Tensor]:
     }
 
 
+def read_small(path: Path) -> tuple[nn.Module, nn.Module]:
+    unet, vae = unclip.build_unet(SMALL_UNET), unclip.build_vae(SMALL_VAE)
+    unclip.read_unet(unet, path, "a small unCLIP", SMALL_UNET)
+    unclip.read_vae(vae, path, "a small unCLIP", SMALL_VAE)
+    return unet, vae
+
+
 def test_a_small_checkpoint_of_the_same_family_loads_and_samples(tmp_path: Path) -> None:
     """As saved by Lightning (a dict with state_dict) and as safetensors: the same numbers, and images come out."""
     from methods.brain_it.generate import GenerationSettings, Generator, semantic_images
@@ -270,10 +277,7 @@ def test_a_small_checkpoint_of_the_same_family_loads_and_samples(tmp_path: Path)
     state = small_checkpoint()
     torch.save({"state_dict": state, "global_step": 110000}, tmp_path / "a.ckpt")
     save_file(state, tmp_path / "a.safetensors")
-    found = [
-        unclip.read_unclip(tmp_path / name, "a small unCLIP", unet=SMALL_UNET, vae=SMALL_VAE)
-        for name in ("a.ckpt", "a.safetensors")
-    ]
+    found = [read_small(tmp_path / name) for name in ("a.ckpt", "a.safetensors")]
     for one, other in zip(*found, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     unet, vae = found[0]
@@ -303,7 +307,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path, chang
     change(state)
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=said) as caught:
-        unclip.read_unclip(tmp_path / "a.safetensors", "a small unCLIP", unet=SMALL_UNET, vae=SMALL_VAE)
+        read_small(tmp_path / "a.safetensors")
     assert str(caught.value).count("\n") <= 1
 
 

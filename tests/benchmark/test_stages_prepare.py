@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from benchmark import networks
 from benchmark.data.nsd import NSD
 from benchmark.errors import UserError
+from benchmark.progress import Progress
 from benchmark.shards import Shards
 from benchmark.stages import prepare
 from benchmark.stages.features import LowLevelTargets, as_pixels
@@ -243,6 +245,25 @@ def test_pixels_are_scaled_and_resized() -> None:
     assert as_pixels(images, 32) is not None and as_pixels(images, 16).shape == (2, 3, 16, 16)
     flat = as_pixels(np.full((1, 32, 32, 3), 51, np.uint8), 48)
     assert torch.allclose(flat, torch.full_like(flat, 0.2))
+
+
+def test_a_prepared_store_gives_the_same(tiny_run: Any, data: Prepared, tmp_path: Path) -> None:
+    """Up to float16; files are not copied where they can be linked."""
+    from benchmark.data.prepare import prepare as make_store
+
+    store = make_store(tiny_run.folder("simulate") / "nsd", tmp_path / "store", progress=Progress(enabled=False)).data
+    stage = tiny_run.stage("prepare")
+    ctx = replace(tiny_run.context(stage, tmp_path / "out"), inputs={}, data=store.root)
+    prepare.run(ctx)
+    found = Prepared(ctx.out)
+    assert np.array_equal(found.images, data.images) and np.array_equal(found.external, data.external)
+    assert (found.subjects, found.n_voxels) == (data.subjects, data.n_voxels)
+    for name in ("train_ids", "validation_ids", "shared_ids"):
+        assert np.array_equal(getattr(found, name), getattr(data, name)), name
+    for a, b, ids, known in zip(found.betas, data.betas, found.seen_ids, data.seen_ids, strict=True):
+        assert np.array_equal(ids, known) and a.dtype == np.float16
+        assert np.allclose(a, b, atol=2e-3, rtol=1e-3)
+    assert (tmp_path / "store" / "images_64.npy").stat().st_ino == (ctx.out / "images.npy").stat().st_ino
 
 
 # --- what follows from the encoder ------------------------------------------------------------------------------------

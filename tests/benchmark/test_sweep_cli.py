@@ -71,9 +71,8 @@ SLIPS = [
     (["clusters", "--set", "lowlevel.dim=[1"], "--set lowlevel.dim=[1: the value is not YAML"),
     (["clusters", "--set", "clustering.n_clusters=5"], "--set clustering.n_clusters: sweep clusters varies clustering.n_clusters itself; leave it out"),
     (["clusters", "--set", "clustering={}"], "--set clustering: sweep clusters varies clustering.n_clusters itself; leave it out"),
-    (["clusters", "--set", "networks.lowlevel=vgg"], "networks.lowlevel is 'vgg', which this release cannot load; it has lite0, lite2, augnet, demo"),
+    (["clusters", "--set", "networks.lowlevel=vgg"], "networks.lowlevel is 'vgg', which this release cannot load; it has lite0, lite2, augnet, alexnet, efficientnet_b1, efficientnet_b1_v1, swav_resnet50, inception_v3, clip_vit_l14, dinov2-vitl14-reg4, vgg16-bn, openclip-bigg14, sdxl-unclip, zavychromaxl-v3, demo"),
     (["clusters", "--preset", "paper", "--quick"], "--quick is for the demo preset; leave out one of --quick and --preset paper"),
-    (["clusters", "--preset", "paper"], "preset paper needs the Natural Scenes Dataset: name its folder with --data DIR"),
 ]  # fmt: skip
 
 
@@ -174,11 +173,11 @@ def test_settings_of_the_user_win_over_those_of_the_sweep(
     monkeypatch.setattr(sweeps, "FOLDER", tmp_path)
     from argparse import Namespace
 
-    from benchmark.sweep import _variants
+    from benchmark.running import resolve_variants
 
     def guidance(*pairs: str) -> float:
         args = Namespace(quick=True, preset="demo", seed=4, set=list(pairs))
-        (variant,) = _variants(sweeps.load_sweep("wide"), args).values()
+        (variant,) = resolve_variants(sweeps.load_sweep("wide"), args).values()
         assert variant.seed == 4 and variant.clustering.n_clusters == 8 and variant.generation.test_images == 12
         return variant.generation.guidance
 

@@ -214,7 +214,7 @@ def test_a_data_tree_takes_the_place_of_the_simulation() -> None:
 
 def test_weights_and_the_rules_of_scoring_are_in_the_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
     before = plan(demo())
-    monkeypatch.setattr(stages_module, "network_digests", lambda names: {role: "0" * 64 for role in names})
+    monkeypatch.setattr(stages_module, "network_digests", lambda names, absent=None: {role: "0" * 64 for role in names})
     after = plan(demo())
     changed = {name for name in ORDER if before[name].fingerprint != after[name].fingerprint}
     assert changed == BELOW_DATA - {"prepare"}
@@ -231,12 +231,14 @@ def test_weights_and_the_rules_of_scoring_are_in_the_fingerprints(monkeypatch: p
     [
         ({"networks.lowlevel": "vgg17"}, "networks.lowlevel is 'vgg17', which this release cannot load; it has lite0"),
         ({"score.protocol": "dmeo"}, "score.protocol: no protocol 'dmeo' (did you mean 'demo'?)"),
-        ({"score.protocol": "brain-it"}, "which this release cannot load"),
-        ({"encoder.max_shift": 3}, "encoder.max_shift is 3"),
-        ({"encoder.adapter_rank": 7}, "encoder.adapter_rank is 7"),
+        ({"score.protocol": "brain-it"}, "weights missing: alexnet.pth"),
+        ({"networks.generator": "sdxl-unclip"}, "weights missing: unclip6_epoch0_step110000.ckpt"),
     ],
 )
-def test_what_this_release_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_loaded_is_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRAIN_IT_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError) as caught:
         variant_stages(demo().with_settings(settings), "x")
     assert message in str(caught.value) and len(str(caught.value).splitlines()) <= 2

@@ -1,0 +1,207 @@
+"""What the stages of a plan will take: GPU-hours, disk and memory, before anything is submitted.
+
+Hours are the paper's own where it gives them (App. D: low-level BIT 12 h and semantic BIT 8 h on one H100, joint
+training 10 h on four), scaled by steps and batch; the rest follows from counted operations at a rate that an H100 keeps
+up. Disk follows from shapes. They are estimates: what a stage took stands in its ``status.json`` afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmark.config import Variant, paper
+from benchmark.graph import Decision, Stage
+
+NSD_IMAGES, TRAINING_IMAGES, COCO_IMAGES = 73_000, 72_000, 123_403
+VOXELS, SUBJECTS, SHARED = 315_997, 8, 1000
+_RATE = 1e14  # operations a second that an H100 keeps up in TF32 and half precision, about a quarter of its best
+_GB = 1e9
+
+# Operations of one forward pass on one image, two for each multiplication.
+_VIT_L, _BIGG, _VGG_112 = 1.6e11, 9.7e11, 8e9
+_DIP_NET = 1.2e11  # hourglass of 128 channels at 224 pixels
+_UNET_256, _UNET_768, _VAE_256 = 4e11, 3.4e12, 2.5e12
+_JUDGES = 3e11
+_UNET_PARAMETERS, _BIT_TRUNK = 2.5e9, 3.6e7
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage will take.
+
+    Attributes:
+        gpu_hours: hours of all its GPUs together.
+        disk: bytes of its results.
+        scratch: bytes of checkpoints while it runs.
+        memory: bytes on each GPU, or of main memory where it uses none.
+    """
+
+    gpu_hours: float
+    disk: float
+    scratch: float
+    memory: float
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Both, one after the other."""
+        return Estimate(
+            self.gpu_hours + other.gpu_hours,
+            self.disk + other.disk,
+            max(self.scratch, other.scratch),
+            max(self.memory, other.memory),
+        )
+
+
+NOTHING = Estimate(0, 0, 0, 0)
+
+
+def estimate(stage: Stage, variant: Variant) -> Estimate:
+    """Return what ``stage`` of ``variant`` will take on NSD and COCO; shapes of the paper's networks are taken."""
+    maker = _MAKERS.get(stage.name)
+    return maker(variant) if maker else NOTHING
+
+
+def _steps(training: Any) -> int:
+    steps: int = training.total_steps * training.accumulate
+    return steps
+
+
+def _external(variant: Variant) -> int:
+    limit = variant.data.external_images
+    return COCO_IMAGES if limit is None else min(limit, COCO_IMAGES)
+
+
+def _prepare(variant: Variant) -> Estimate:
+    pixels = 3 * variant.data.image_size**2
+    betas = 10_000 * VOXELS * 4
+    return Estimate(0, (NSD_IMAGES + _external(variant)) * pixels + betas, 0, 8e9)
+
+
+def _targets(variant: Variant) -> Estimate:
+    rows = TRAINING_IMAGES + _external(variant)
+    store = variant.targets
+    size = 4 * 32 * 32 * 2
+    operations = _VAE_256
+    if store.semantic == "stored":
+        size += 256 * 1664 * 2
+        operations += _BIGG
+    if store.lowlevel == "stored":
+        size += 1_530_368 * 2
+        operations += _VGG_112
+    return Estimate(rows * operations / _RATE / 3600, rows * size, 0, 12e9)
+
+
+def _encoder(variant: Variant) -> Estimate:
+    config = variant.encoder
+    images = _steps(config.training) * config.batch
+    passes = 4 if config.adapter_rank else 0  # forward, forward again, and twice as much backward
+    readers = config.voxels_per_example * 257 * 256 * 5 * 2 * 3
+    table = VOXELS * config.embed_dim * 4
+    return Estimate(images * (passes * _VIT_L + readers) / _RATE / 3600, table + 4e7, 5 * table, 40e9)
+
+
+def _predicted(variant: Variant) -> Estimate:
+    if variant.targets.external == "live":
+        return NOTHING
+    images = _external(variant)
+    operations = _VIT_L + VOXELS * 257 * 256 * 5 * 2
+    return Estimate(images * operations / _RATE / 3600, images * VOXELS * 2, 0, 20e9)
+
+
+def _clusters(variant: Variant) -> Estimate:
+    return Estimate(0, VOXELS * 4, 0, 16e9)
+
+
+def _bit(branch: str, paper_hours: float) -> Any:
+    def maker(variant: Variant) -> Estimate:
+        config, published = getattr(variant, branch), getattr(paper(), branch)
+        share = _steps(config.training) * config.batch / (_steps(published.training) * published.batch)
+        parameters = (VOXELS * config.dim + _BIT_TRUNK) * 4
+        live = 1.5 if variant.targets.external == "live" else 1.0
+        return Estimate(paper_hours * share * live, parameters, 5 * parameters, 70e9)
+
+    return maker
+
+
+def _joint(variant: Variant) -> Estimate:
+    config, published = variant.joint, paper().joint
+    share = _steps(config.training) * config.batch / (_steps(published.training) * published.batch)
+    parameters = (_UNET_PARAMETERS + VOXELS * variant.semantic.dim + _BIT_TRUNK) * 4
+    return Estimate(40 * share, parameters, 5 * parameters, 75e9)
+
+
+def _reconstruct(variant: Variant) -> Estimate:
+    images = len(variant.generation.subjects) * (variant.generation.test_images or SHARED)
+    dip = variant.dip.steps * 3 * (_DIP_NET + _VGG_112)
+    whole, rest = variant.generation.steps, variant.generation.steps - variant.generation.start_step
+    sampling = 2 * (whole + rest) * _UNET_256 + 3 * _VAE_256
+    if variant.networks.refiner is not None:
+        steps = variant.refinement.steps - variant.refinement.start_step
+        sampling += 2 * steps * _UNET_768 + 18 * _VAE_256
+    side = variant.generation.saved_size or 256
+    kept = images * 4 * side**2 * 2
+    return Estimate(images * (dip + sampling) / _RATE / 3600, kept, images * 3 * 4 * 256**2 * 12, 40e9)
+
+
+def _score(variant: Variant) -> Estimate:
+    images = len(variant.generation.subjects) * (variant.generation.test_images or SHARED)
+    return Estimate(3 * images * _JUDGES / _RATE / 3600, images * 33 * 100, 0, 12e9)
+
+
+_MAKERS = {
+    "prepare": _prepare,
+    "targets": _targets,
+    "encoder": _encoder,
+    "external": _predicted,
+    "clusters": _clusters,
+    "lowlevel": _bit("lowlevel", 12),
+    "semantic": _bit("semantic", 8),
+    "joint": _joint,
+    "reconstruct": _reconstruct,
+    "score": _score,
+    "references": _score,
+}
+
+
+def plan_lines(decisions: Sequence[Decision], variants: Mapping[str, Variant], owner: Mapping[str, str]) -> list[str]:
+    """Return a table of what will run and what it will take.
+
+    Args:
+        decisions: of the plan.
+        variants: by name.
+        owner: fingerprint of a stage -> name of a variant that it belongs to.
+    """
+    rows = [("", "stage", "GPUs", "GPU-hours", "disk", "memory", "why")]
+    total = NOTHING
+    for decision in decisions:
+        stage = decision.stage
+        cost = estimate(stage, variants[owner[stage.fingerprint]]) if decision.action == "run" else NOTHING
+        total += cost
+        amounts = ("", "", "") if cost is NOTHING else (_hours(cost), _size(cost.disk), _size(cost.memory))
+        gpus = str(stage.resources.gpus) if stage.resources.gpus else ""
+        rows.append((decision.action, stage.title, gpus, *amounts, decision.reason))
+    rows.append(("", "in all", "", _hours(total), _size(total.disk + total.scratch), _size(total.memory), "estimated"))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return ["  " + "  ".join(_cell(cell, widths[k], k) for k, cell in enumerate(row)).rstrip() for row in rows]
+
+
+def needed_disk(decisions: Sequence[Decision], variants: Mapping[str, Variant], owner: Mapping[str, str]) -> float:
+    """Return the bytes that the stages which run will write, the largest one's checkpoints included."""
+    total = NOTHING
+    for decision in decisions:
+        if decision.action == "run":
+            total += estimate(decision.stage, variants[owner[decision.stage.fingerprint]])
+    return total.disk + total.scratch
+
+
+def _cell(text: str, width: int, column: int) -> str:
+    return text.rjust(width) if 2 <= column <= 5 else text.ljust(width)
+
+
+def _hours(cost: Estimate) -> str:
+    return f"{cost.gpu_hours:.1f}" if cost.gpu_hours >= 0.05 else ""
+
+
+def _size(count: float) -> str:
+    return f"{count / _GB:,.0f} GB" if count >= _GB else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,326 @@
+"""What ``python -m benchmark.sweep`` and ``python -m benchmark.run`` share: their options, and running a sweep."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark.cli import Parser
+
+if TYPE_CHECKING:
+    from benchmark.config import Variant
+    from benchmark.graph import Decision
+    from benchmark.stages import VariantStages
+    from benchmark.sweeps import Sweep
+
+
+def add_arguments(p: Parser) -> None:
+    """Add the options that say what runs, on what, and where."""
+    p.add_argument("--preset", choices=("demo", "paper"), default="demo", help="sizes and networks (default: demo)")
+    p.add_argument("--quick", action="store_true", help="demo only: three points, fewer images and steps")
+    p.add_argument(
+        "--out", type=Path, default=Path("runs"), metavar="DIR", help="where everything goes (default: runs)"
+    )
+    p.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="read this NSD tree, or store of benchmark.data prepare, instead of simulating",
+    )
+    p.add_argument(
+        "--weights", type=Path, metavar="DIR", help="folder of the papers' networks (python -m benchmark.networks list)"
+    )
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. lowlevel.dim=64"
+    )
+    p.add_argument("--seed", type=int, help="seed of the variants (default: 0)")
+    p.add_argument(
+        "--mode",
+        default="cached",
+        choices=("cached", "retry", "force", "read-only"),
+        help="what to do with results that exist",
+    )
+    p.add_argument("--dry-run", action="store_true", help="print what would run, and why; run nothing")
+    p.add_argument(
+        "--launcher",
+        choices=("inline", "local"),
+        default="inline",
+        help="in this process, or in processes of their own",
+    )
+    p.add_argument("--parallel", type=int, default=1, metavar="N", help="stages at a time with --launcher local")
+    p.add_argument("--threads", type=int, metavar="N", help="threads a stage (default: all cores)")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where networks run (default: a GPU where there is one)",
+    )
+    p.add_argument(
+        "--tracker",
+        choices=("wandb", "jsonl", "none"),
+        default="wandb",
+        help="W&B (offline unless logged in), JSON lines only, or nothing",
+    )
+    p.add_argument("--no-progress", action="store_true", help="no progress bars or lines")
+
+
+def use_weights(folder: Path | None) -> None:
+    """Let this process and those that it starts read weights files from ``folder``.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    from benchmark.errors import UserError
+    from benchmark.weights import FOLDER_VARIABLE
+
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise UserError(f"--weights {folder}: no such folder; type: python -m benchmark.networks fetch {folder}")
+    os.environ[FOLDER_VARIABLE] = str(folder.resolve())
+
+
+def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
+    """Run what a sweep's variants still lack, and report; return the exit code."""
+    from benchmark.devices import choose_device
+    from benchmark.errors import UserError
+    from benchmark.estimate import needed_disk, plan_lines
+    from benchmark.execute import RunOptions
+    from benchmark.graph import Plan
+    from benchmark.launch import make_launcher, raise_failures
+    from benchmark.stages import variant_stages
+    from benchmark.store import Store
+
+    started = time.monotonic()
+    use_weights(args.weights)
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads {args.threads}: expected 1 or more")
+    if args.parallel != 1 and args.launcher != "local":
+        raise UserError(f"--parallel {args.parallel} needs --launcher local")
+    variants = resolve_variants(sweep, args)
+    launcher = make_launcher(args.launcher, args.parallel)
+    options_threads = args.threads or max(
+        1, len(os.sched_getaffinity(0)) // (args.parallel if args.launcher == "local" else 1)
+    )
+    problems = missing_networks(variants)
+    try:
+        digest = _check_data(args, next(iter(variants.values())))
+    except UserError as error:
+        problems.insert(0, f"data: {error}")
+        digest = "missing"
+    if problems and not args.dry_run:
+        raise refusal(problems)
+    absent = "missing" if problems else None
+    stages = {name: variant_stages(variant, name, digest, absent=absent) for name, variant in variants.items()}
+    main_name = sweep.variant(sweep.axis.main)
+    if main_name not in stages:
+        raise UserError(f"sweep {sweep.name}: its reference variant {main_name} is not among the values that run")
+    store = Store(args.out / "store")
+    targets = [stage for own in stages.values() for stage in (own.score,)]
+    plan = Plan.of([*targets, stages[main_name].references])
+    decisions = plan.decide(store, args.mode)
+    _say_what_runs(sweep, args, decisions, len(variants))
+    if args.preset == "paper":
+        owner = {
+            stage.fingerprint: name for name, own in reversed(stages.items()) for stage in (*own.chain, own.references)
+        }
+        problems += missing_disk(args.out, needed_disk(decisions, variants, owner))
+        if args.dry_run:
+            print("\n".join(plan_lines(decisions, variants, owner)))
+    elif args.dry_run:
+        _print_plan(decisions)
+    if problems:
+        raise refusal(problems)
+    if args.dry_run:
+        return 0
+    blocked = [decision for decision in decisions if decision.action == "blocked"]
+    if args.mode == "read-only" and blocked:
+        raise UserError(
+            f"{len(blocked)} of {len(decisions)} results are missing in {args.out} (first: {blocked[0].stage.title}); "
+            f"leave out --mode read-only to compute them"
+        )
+    to_run = sum(decision.action == "run" for decision in decisions)
+    if blocked and not to_run:
+        print(f"nothing to run: {blocked[0].stage.title}: {blocked[0].reason}; leave out --mode {args.mode}")
+    if to_run:
+        options = RunOptions(
+            device=choose_device(args.device),
+            threads=options_threads,
+            tracker=args.tracker,
+            group=sweep.name,
+            progress=not args.no_progress,
+            data=str(args.data.resolve()) if args.data else "",
+        )
+        outcomes = launcher.run(plan, decisions, store, options, show)
+        finished = {o.stage.fingerprint for o in outcomes if o.state in ("done", "cached")}
+    else:
+        outcomes = []
+        finished = {decision.stage.fingerprint for decision in decisions if decision.action == "cached"}
+    complete = {name: own for name, own in stages.items() if own.score.fingerprint in finished}
+    if main_name in complete and stages[main_name].references.fingerprint in finished:
+        _report(args, store, sweep, variants, complete, main_name, time.monotonic() - started)
+    raise_failures(outcomes)
+    return 0
+
+
+def missing_networks(variants: Mapping[str, Variant]) -> list[str]:
+    """Return what is wrong with the networks' weights: nothing, or one problem that names all that are missing."""
+    from benchmark.weights import DOWNLOADS, missing_weights, random_weights, weights_folder
+    from metrics.protocols import PROTOCOLS
+
+    names: list[str] = []
+    for variant in variants.values():
+        own = list(variant.networks.roles().values())
+        if variant.score.random_weights is None and variant.score.protocol in PROTOCOLS:
+            own += PROTOCOLS[variant.score.protocol].networks
+        names += [name for name, seed in map(random_weights, own) if seed is None]
+    missing = missing_weights(names)
+    if not missing:
+        return []
+    files = ", ".join(DOWNLOADS[name].file for name in missing)
+    folder = weights_folder()
+    return [
+        f"weights: {folder} lacks {files}\n"
+        f"  name their folder with --weights DIR, or type: python -m benchmark.networks fetch {folder} --only "
+        f"{','.join(missing)}"
+    ]
+
+
+def missing_disk(out: Path, needed: float) -> list[str]:
+    """Return what is wrong with the room for ``needed`` bytes of results in ``out``."""
+    place = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free >= needed:
+        return []
+    return [
+        f"disk: {out} has {free / 1e9:,.0f} GB free, the run needs about {needed / 1e9:,.0f} GB; choose another --out"
+    ]
+
+
+def refusal(problems: Sequence[str]) -> Exception:
+    """Return the error that names everything that keeps a run from starting."""
+    from benchmark.errors import UserError
+
+    if len(problems) == 1:
+        return UserError(problems[0].partition(": ")[2] if problems[0].startswith("data: ") else problems[0])
+    return UserError("\n".join([f"{len(problems)} things are missing:", *(f"  {problem}" for problem in problems)]))
+
+
+def resolve_variants(sweep: Sweep, args: argparse.Namespace) -> dict[str, Variant]:
+    """Return variant name -> resolved settings."""
+    from benchmark.config import PRESETS, QUICK
+    from benchmark.errors import UserError
+
+    if args.quick and args.preset != "demo":
+        raise UserError("--quick is for the demo preset; leave out one of --quick and --preset paper")
+    chosen: dict[str, Any] = {} if args.seed is None else {"seed": args.seed}
+    chosen |= read_settings(args.set)
+    for key in chosen:
+        if sweep.axis.setting == key or sweep.axis.setting.startswith(f"{key}."):
+            raise UserError(f"--set {key}: sweep {sweep.name} varies {sweep.axis.setting} itself; leave it out")
+    base = PRESETS[args.preset]()
+    if args.quick:
+        base = base.with_settings(QUICK)
+    return {name: base.with_settings({**own, **chosen}) for name, own in sweep.settings(args.quick).items()}
+
+
+def read_settings(pairs: list[str]) -> dict[str, Any]:
+    """Return the settings that ``--set KEY=VALUE`` names; values are YAML.
+
+    Raises:
+        UserError: no KEY=VALUE, or no YAML.
+    """
+    import yaml
+
+    from benchmark.errors import UserError
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise UserError(f"--set {pair}: expected KEY=VALUE, e.g. --set lowlevel.dim=64")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {pair}: the value is not YAML") from None
+    return settings
+
+
+def _check_data(args: argparse.Namespace, variant: Variant) -> str | None:
+    """Return the digest of the tree that ``--data`` names, after its check; None where one is simulated.
+
+    Whose recordings are reconstructed is checked here, and not hours later by the stage that reconstructs them.
+    """
+    from benchmark.errors import UserError
+
+    if args.data is not None:
+        from benchmark.stages.prepare import open_data
+
+        data = open_data(args.data)
+        present, where, remedy = data.subjects, str(args.data), ""
+    elif variant.data.simulation is not None:
+        present, where = tuple(range(1, variant.data.simulation.subjects + 1)), "the simulation"
+        remedy = f" or --set data.simulation.subjects={max(variant.generation.subjects)}"
+    else:
+        raise UserError(f"preset {args.preset} needs the Natural Scenes Dataset: name its folder with --data DIR")
+    absent = [subject for subject in variant.generation.subjects if subject not in present]
+    if absent:
+        few = ",".join(map(str, present[:4]))
+        raise UserError(
+            f"generation.subjects names subject {absent[0]}; {where} has subjects {', '.join(map(str, present))}\n"
+            f"type --set generation.subjects=[{few}]{remedy}"
+        )
+    return data.digest() if args.data is not None else None
+
+
+def _say_what_runs(sweep: Sweep, args: argparse.Namespace, decisions: list[Decision], variants: int) -> None:
+    runs = sum(decision.action == "run" for decision in decisions)
+    cached = sum(decision.action == "cached" for decision in decisions)
+    size = "demo, quick" if args.quick else args.preset
+    print(
+        f"sweep {sweep.name} ({size}): {variants} variants, {len(decisions)} stages: {runs} to run, {cached} cached; "
+        f"results go to {args.out}/",
+        flush=True,
+    )
+
+
+def _print_plan(decisions: list[Decision]) -> None:
+    width = max(len(decision.stage.title) for decision in decisions)
+    for decision in decisions:
+        print(f"  {decision.action:<7} {decision.stage.title:<{width}}  {decision.reason}")
+
+
+def show(event: object) -> None:
+    """Print how stages end; cached ones are counted in the first line, blocked ones in the last."""
+    from benchmark.launch import Event
+
+    assert isinstance(event, Event)
+    if event.kind in ("done", "failed", "note"):
+        print(str(event), file=sys.stderr, flush=True)
+
+
+def _report(
+    args: argparse.Namespace,
+    store: Any,
+    sweep: Sweep,
+    variants: Mapping[str, Variant],
+    stages: Mapping[str, VariantStages],
+    main_name: str,
+    seconds: float,
+) -> None:
+    from benchmark.progress import clock_time
+    from benchmark.report import write_report
+    from leaderboard import print_table
+
+    report = write_report(args.out, store, sweep, variants, stages, main_name)
+    print()
+    print_table(report.ranking, report.notes)
+    for sentence in report.sentences:
+        print(sentence)
+    print(f"\npage: {report.page}   rows: {report.page.parent / 'leaderboard.json'}   time: {clock_time(seconds)}")

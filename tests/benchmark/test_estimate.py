@@ -1,0 +1,69 @@
+"""What a plan will take, and what keeps it from starting: everything named at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.config import paper
+from benchmark.estimate import estimate
+from benchmark.running import missing_disk
+from benchmark.stages import variant_stages
+
+
+def costs(**settings: Any) -> dict[str, Any]:
+    variant = paper().with_settings({name.replace("__", "."): value for name, value in settings.items()})
+    stages = variant_stages(variant, "main", "digest", absent="missing")
+    return {stage.name: estimate(stage, variant) for stage in (*stages.chain, stages.references)}
+
+
+def test_the_papers_own_hours_and_sizes() -> None:
+    """App. D: 12, 8 and 4 x 10 GPU-hours; 62 + 105 GB of tokens and 78 GB of predicted fMRI (float16)."""
+    found = costs()
+    assert {name: found[name].gpu_hours for name in ("lowlevel", "semantic", "joint")} == {
+        "lowlevel": 12,
+        "semantic": 8,
+        "joint": 40,
+    }
+    tokens = 256 * 1664 * 2
+    assert found["targets"].disk == pytest.approx((72_000 + 123_403) * tokens, rel=0.02)
+    assert found["external"].disk == 123_403 * 315_997 * 2
+    assert set(found) >= {"prepare", "targets", "encoder", "clusters", "external", "reconstruct", "score", "references"}
+
+
+def test_estimates_follow_the_settings() -> None:
+    usual = costs()
+    half = costs(semantic__training__epochs=30)
+    assert half["semantic"].gpu_hours == pytest.approx(4) and half["lowlevel"] == usual["lowlevel"]
+    live = costs(targets__external="live", targets__semantic="live")
+    assert live["external"].disk == 0 and live["targets"].disk < 0.02 * usual["targets"].disk
+    assert live["semantic"].gpu_hours > usual["semantic"].gpu_hours, "the encoder runs in every step"
+    fewer = costs(generation__test_images=100)
+    assert fewer["reconstruct"].gpu_hours == pytest.approx(usual["reconstruct"].gpu_hours / 10)
+    assert costs(networks__refiner=None)["reconstruct"].gpu_hours < usual["reconstruct"].gpu_hours
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    assert missing_disk(tmp_path / "not" / "yet", 1.0) == []
+    (problem,) = missing_disk(tmp_path, 1e18)
+    assert "the run needs about 1,000,000,000 GB" in problem and "--out" in problem
+
+
+def test_a_dry_run_prints_the_plan_and_names_all_that_is_missing(
+    sweep_here: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRAIN_IT_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("benchmark.running.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1e9})())
+    arguments = ("clusters", "--preset", "paper", "--data", tmp_path / "nsd", "--out", tmp_path / "runs")
+    answer = sweep_here(*arguments, "--dry-run")
+    assert answer.code == 2
+    assert "GPU-hours" in answer.out and "47 stages" in answer.out and "in all" in answer.out
+    for word in ("3 things are missing", "data: ", "weights: ", "disk: ", "unclip6_epoch0_step110000.ckpt", "alexnet"):
+        assert word in answer.err, word
+    assert not (tmp_path / "runs").exists()
+    refused = sweep_here(*arguments)
+    assert refused.code == 2 and "data: " in refused.err and "weights: " in refused.err
+    assert not (tmp_path / "runs").exists()
