@@ -20,11 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmark.weights import require_weights
 
         require_weights(job.networks, args.weights)
-    # What follows brings in torch.
-    from benchmark.score.output import show, write
     from benchmark.score.work import score
 
     work = score(args, job)
+    from benchmark.score.output import show, write
+
     show(args, job, work.results)
     write(args, job, work, arguments)
     return 0

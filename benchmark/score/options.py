@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import tempfile
@@ -234,20 +235,20 @@ def check_outputs(args: argparse.Namespace) -> None:
     if len({path.resolve() for path in named.values()}) < len(named):
         raise UserError(f"--out and --per-image both name {args.per_image}; choose two files")
     for option, path in named.items():
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path.is_dir, no error where even looking is forbidden
             raise UserError(f"{option} {path}: a folder; name a file in it")
         if path.resolve() in taken:
             raise UserError(f"{option} {path}: would overwrite what is read; choose another file")
         _check_writable(option, path, path.parent)
     if args.cache is not None:
         folder = args.cache
-        while not folder.exists() and folder != folder.parent:
+        while not os.path.exists(folder) and folder != folder.parent:
             folder = folder.parent
         _check_writable("--cache", args.cache, folder)
 
 
 def _check_writable(option: str, path: Path, folder: Path) -> None:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{option} {path}: no folder {folder}; make it: mkdir -p {shlex.quote(str(folder))}")
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -19,11 +19,13 @@ from benchmark.imagesets.npy import read_header
 from benchmark.imagesets.wording import counted, damaged, one_line, place, reason, unreadable
 from benchmark.progress import Progress
 from benchmark.score.options import Job
-from benchmark.score.scoring import Distractors, Result, score_images
 from benchmark.score.steps import Steps, passes
 from benchmark.weights import file_digest
-from metrics.evaluate import TruthCache, slot_features
 from metrics.protocols import Protocol
+
+if TYPE_CHECKING:
+    from benchmark.score.scoring import Distractors, Result
+    from metrics.cache import TruthCache
 
 _READ = 16
 _CLIP_FEATURES = 768
@@ -63,9 +65,12 @@ def score(args: argparse.Namespace, job: Job) -> Work:
     sets = [images for images in (recons, truths, blurry) if images is not None]
     _look_at(sets, args.allow_constant, progress)
 
+    # Only now what takes seconds to import: whatever is wrong so far has been said at once.
     import torch
 
     from benchmark.networks import scoring_backbones
+    from benchmark.score.scoring import score_images
+    from metrics.cache import TruthCache
 
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -194,6 +199,9 @@ class _Pool:
         self, backbones: Mapping[str, Any], cache: TruthCache, batch: int, device: str, progress: Progress
     ) -> Distractors:
         """Read the features, or compute them where neither file nor cache has them."""
+        from benchmark.score.scoring import Distractors
+        from metrics.evaluate import slot_features
+
         if self.images is None:
             try:
                 features = np.load(self.path, allow_pickle=False)
