@@ -84,6 +84,7 @@ class TargetsConfig(Settings):
         description="A CLIP tower sees (x + 1) / 2 of an image x in [0, 1], as MindEye2's and the official code, or x.",
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of a CLIP tower's weights.")
+    batch: PositiveInt = Field(16, description="Images that pass the networks side by side; changes no result.")
 
 
 class EncoderConfig(Settings):
@@ -400,7 +401,7 @@ def demo() -> Variant:
         track="demo",
         data=DataConfig(simulation=SimulationSettings(), image_size=64),
         networks=NetworksConfig(encoder="lite0", lowlevel="lite0", semantic="lite0", generator="demo", refiner=None),
-        targets=TargetsConfig(lowlevel="stored"),
+        targets=TargetsConfig(lowlevel="stored", batch=64),
         encoder=EncoderConfig(
             taps=(1, 2, 3, 5, 7),
             grid=8,

@@ -66,7 +66,7 @@ def smoke_variant(variant: Variant, gpu: bool) -> Variant:
         "track": f"{variant.track}-smoke",
     }
     if not gpu:
-        changes["generation.precision"] = "fp32"
+        changes |= {"generation.precision": "fp32", "targets.batch": 2}
     return variant.with_settings(changes)
 
 
@@ -85,8 +85,8 @@ def smoke_stages(variant: Variant, memory: float) -> VariantStages:
             "image_size": variant.data.image_size,
             "voxels": list(VOXELS),
             "shared": 2,
-            "unique": 8,
-            "external": 8,
+            "unique": 2,
+            "external": 2,
         },
     )
     stages = variant_stages(variant, "smoke", prepare=data)

@@ -142,6 +142,7 @@ def variant_stages(
         upstream={"data": prepare},
         digests={role: digest for role, digest in weights.items() if role != "refiner"},
         resources=GPU,
+        hints={"batch": variant.targets.batch},
     )
     shared = {"data": prepare, "targets": targets}
     encoder_config = {**trained(variant.encoder), "network": networks.encoder}

@@ -68,7 +68,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
     shards = ctx.checkpoints / "shards"
     with torch.inference_mode(), ctx.progress.bar("features", total=data.n_targets) as bar:
-        write_shards(shards, data.n_targets, compute, batch=BATCH, progress=bar.advance)
+        write_shards(shards, data.n_targets, compute, batch=ctx.stage.hints["batch"], progress=bar.advance)
         one = data.target_images(np.zeros(1, np.int64))
         shapes = {name: list(values.shape[1:]) for name, values in {"semantic": tokens(one), **maps(one)}.items()}
     stored = collect(shards, ctx.out)
