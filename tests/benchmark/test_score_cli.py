@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -33,6 +34,7 @@ from benchmark.networks import scoring_backbones
 from benchmark.progress import Progress
 from benchmark.score import Distractors, score_images
 from benchmark.score.__main__ import main
+from benchmark.score.options import EXAMPLES, Job, parser
 from benchmark.score.steps import PIXEL_KEYS, Steps, passes
 from leaderboard.statistics import COLUMNS, summarise
 from metrics.cards import KEYS
@@ -775,3 +777,33 @@ def test_random_weights_are_a_dry_run_of_the_papers_networks(few: SimpleNamespac
     assert tuple(data["metrics"]) == KEYS and data["track"] == "random"
     assert set(data["manifest"]["weights"].values()) == {"random-7"}
     assert set(pq.read_table(tmp_path / "s.parquet")["track"].to_pylist()) == {"random"}
+
+
+# --- the documentation ------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "protocols.md").read_text()
+COMMANDS = re.findall(r"^ *python -m benchmark\.score (--.+?)(?:   +.*)?$", f"{PAGE}\n{EXAMPLES}", re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_commands_of_help_and_page_are_understood(command: str) -> None:
+    assert Job.of(parser().parse_args(shlex.split(command))).protocols
+
+
+def test_the_page_speaks_of_every_protocol() -> None:
+    assert len(COMMANDS) >= 10
+    assert [name for name in PROTOCOLS if f"**`{name}`**" not in PAGE] == []
+
+
+@pytest.mark.slow
+def test_the_page_measured_what_it_says(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    command = next(command for command in COMMANDS if "--blurry blurry --protocol all" in command)
+    scores = json.loads(run(*shlex.split(command), "--out", "-", "--no-progress").out)["protocols"]
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (\.\d+) \| \**(\.\d+)\** \| (\.\d+) \|$", PAGE, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(scores)
+    for name, *printed in rows:
+        found = [scores[name]["metrics"][key]["mean"] for key in PIXEL_KEYS]
+        assert found == pytest.approx([float(value) for value in printed], abs=0.0015), name
