@@ -28,7 +28,7 @@ _CALIBRATION = {
 
 def print_result(result: Result, console: Console) -> None:
     """Print one protocol's scores, what to hold them against, and what a reader must know."""
-    _print(console, _result_parts(result))
+    _print(console, _result_parts(result, _width(console)))
 
 
 def print_comparison(results: Mapping[str, Result], notes: Sequence[str], console: Console) -> None:
@@ -54,7 +54,7 @@ def _width(console: Console) -> int:
     return console.width if console.is_terminal else PLAIN_WIDTH
 
 
-def _result_parts(result: Result) -> Iterator[RenderableType]:
+def _result_parts(result: Result, width: int) -> Iterator[RenderableType]:
     yield from _warning([result])
     yield Text(heading(result), style="bold")
     yield Text()
@@ -62,7 +62,10 @@ def _result_parts(result: Result) -> Iterator[RenderableType]:
     for title, columns in _others(result):
         yield Text()
         yield Text(title, style="italic")
-        yield _columns(columns)
+        names = list(columns)
+        room = max(1, (width - 14) // 25)
+        for start in range(0, len(names), room):
+            yield _columns({name: columns[name] for name in names[start : start + room]})
     yield Text()
     for name in result.calibration:
         yield Text(f"{name}: {_CALIBRATION.get(name, name)}", style="dim")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _READ = 16
 _CLIP_FEATURES = 768
+_CACHE_BYTES = 4 << 30  # the truths' features of four protocols at 1000 images each
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def score(args: argparse.Namespace, job: Job) -> Work:
         backbones = scoring_backbones(
             job.networks, kind=job.kind, weights=args.weights, device=device, random_seed=args.random_weights
         )
-    cache = TruthCache(max_bytes=psutil.virtual_memory().available // 4, folder=args.cache)
+    cache = TruthCache(max_bytes=min(_CACHE_BYTES, psutil.virtual_memory().available // 4), folder=args.cache)
     calibrate = not args.no_calibration and not job.every
     results = {}
     owners = recons.subjects or (1,) * len(recons)

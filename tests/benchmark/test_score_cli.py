@@ -714,6 +714,37 @@ def test_a_pool_of_distractors_is_looked_at_first(run: Any, few: SimpleNamespace
     assert answer.code == 2 and "6 distractors; expected at least 999" in answer.err
 
 
+def test_distractors_may_be_images_or_their_features(
+    run: Any, few: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Colours("clip_vit_l14")
+    monkeypatch.setattr("benchmark.networks.scoring_backbones", lambda names, **_: {name: network for name in names})
+    pool = np.random.default_rng(0).integers(0, 256, (1005, 16, 16, 3), dtype=np.uint8)
+    np.save(tmp_path / "pool.npy", pool)
+    # Under brain-it images come at 224 px; what the network makes of these is the mean of every 14 x 14 pixels.
+    large = torch.nn.functional.interpolate(
+        torch.from_numpy(pool).movedim(-1, 1).float() / 255, (224, 224), mode="bilinear", align_corners=False
+    )
+    np.save(tmp_path / "features.npy", network.features(large, ["embedding"])["embedding"].flatten(1).numpy())
+    common = (
+        "--recons", few.recons, "--truth", few.truth, "--random-weights", 0, "--metrics", "clip1000",
+        "--no-calibration", "--out", "-",
+    )  # fmt: skip
+    by_images, again, by_features, among = (
+        json.loads(run(*common, *more).out)
+        for more in (
+            ("--distractors", tmp_path / "pool.npy", "--cache", tmp_path / "cache"),
+            ("--distractors", tmp_path / "pool.npy", "--cache", tmp_path / "cache"),
+            ("--distractors", tmp_path / "features.npy"),
+            (),
+        )
+    )
+    assert by_images["candidates"] == by_features["candidates"] == 1000 and among["candidates"] == 6
+    assert by_images["metrics"] == again["metrics"] == by_features["metrics"]
+    assert by_images["protocol_hash"] == again["protocol_hash"] != among["protocol_hash"]
+    assert set(by_images["manifest"]["data"]) == {"reconstructions", "truths", "distractors"}
+
+
 @pytest.mark.parametrize("calibrate", [True, False])
 @pytest.mark.parametrize("keys", [None, ["SSIM"], ["CLIP", "LPIPS"]])
 def test_the_bar_ends_where_it_promised(few: SimpleNamespace, keys: list[str] | None, calibrate: bool) -> None:
@@ -756,10 +787,13 @@ def test_a_terminal_gets_colours_and_notes_cannot_paint(few: SimpleNamespace) ->
         read_images(few.recons), read_images(few.truth), "mindeye1", {}, keys=["SSIM", "SSIM-color"], calibrate=False
     )
     object.__setattr__(result, "notes", ("a \x1b[31mnote [bold]",))
+    four = {number: result.overall.metrics for number in (1, 2, 5, 7)}
+    object.__setattr__(result.overall, "by_subject", four)
     console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
     print_result(result, console)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
+    assert all(f"subject {number}" in shown for number in four) and "…" not in shown
     assert "\x1b[1m" in shown and "\x1b[31m" not in shown and "note: a \\x1b[31mnote [bold]" in shown
     assert "SSIM-color: not in that publication; computed with its preparation" in shown
 
