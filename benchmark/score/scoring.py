@@ -44,7 +44,7 @@ class Block:
         protocol_hash: what two scores must share to be comparable.
         n_images: images a subject.
         metrics: over all subjects.
-        by_subject: subject -> the same; empty where there is only one.
+        by_subject: subject -> the same; empty where nothing says whose the reconstructions are.
         n_way: n -> key -> chance of being identified among n images.
         candidates: among how many images "CLIP-1000" retrieved; None where it was not computed.
     """
@@ -147,7 +147,7 @@ def score_images(
         distractors: the pool of retrieval, where the protocol has one.
         subsets: name -> ids of some of the images, scored from the same pass.
         n_way: also give identification among so many images, from the same matrices.
-        calibrate: also score shuffled reconstructions, the mean image, and the truth itself.
+        calibrate: also score shuffled reconstructions, the mean image, and the truth itself (of two images or more).
         method: of the rows in the per-image table.
         variant: likewise.
         subject: whose reconstructions these are, where their names do not tell.
@@ -169,6 +169,9 @@ def score_images(
     pool = distractors if protocol.retrieval.pool == "distractors" else None
     groups = _by_subject(recons, subject)
     _check_requests(recons, groups, protocol, keys, subsets or {}, n_way)
+    if method == REFERENCE:
+        raise UserError(f"method '{REFERENCE}' is what the calibration's rows are called; choose another name")
+    calibrate = calibrate and min(map(len, groups.values())) > 1  # nobody to deal a lonely image to
     cache = cache if cache is not None else TruthCache()
     found: dict[int, Scores] = {}
     rows: list[_Row] = []
@@ -313,7 +316,7 @@ def _block(
         ),
         n_images=max(len(scores.image_ids) for scores in found.values()),
         metrics=every[""],
-        by_subject={row.subject: means([row])[""] for row in rows if not row.variant} if len(found) > 1 else {},
+        by_subject={row.subject: means([row])[""] for row in rows if not row.variant} if subjects else {},
         n_way={n: every[str(n)] for n in n_way},
         candidates=first.counts[retrieval[0]]["candidates"] if retrieval else None,
     )

@@ -122,7 +122,7 @@ def _others(result: Result) -> Iterator[tuple[str, dict[str, Metrics]]]:
     """Yield what stands beside the main table: title, and the columns by name."""
     for name, block in result.subsets.items():
         yield _subset_title(name, block), {"value": block.metrics}
-    if result.overall.by_subject:
+    if len(result.overall.by_subject) > 1:
         yield "by subject", {f"subject {number}": own for number, own in result.overall.by_subject.items()}
     if result.overall.n_way:
         yield "identified among n images", {f"{n}-way": own for n, own in result.overall.n_way.items()}

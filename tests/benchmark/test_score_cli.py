@@ -322,6 +322,7 @@ def test_subjects_are_scored_by_themselves_and_averaged(run: Any, sets: SimpleNa
     assert list(both["subjects"]) == ["1", "5"] and both["n_images"] == N
     one = run("--recons", sets.recons, "--truth", sets.truth, "--subject", 1, *common)
     single = json.loads(one.out)
+    assert list(single["subjects"]) == ["1"] and "by subject" not in one.err
     for key in ("PixCorr", "CLIP"):
         assert both["subjects"]["1"]["metrics"][key] == single["metrics"][key]
         means = [both["subjects"][s]["metrics"][key]["mean"] for s in ("1", "5")]
@@ -329,6 +330,16 @@ def test_subjects_are_scored_by_themselves_and_averaged(run: Any, sets: SimpleNa
     assert both["protocol_hash"] != single["protocol_hash"]
     printed = run("--recons", folder, "--truth", sets.truth, *QUICK).err
     assert "24 images of each of 2 subjects" in printed and "by subject" in printed
+
+
+def test_one_image_has_pixel_scores_and_is_not_identified(run: Any, few: SimpleNamespace, tmp_path: Path) -> None:
+    recons, truths = (write_folder(tmp_path / n, images[:1]) for n, images in zip("rt", few.arrays, strict=True))
+    arguments = ("--recons", recons, "--truth", truths, "--protocol", "demo", "--out", "-", "--no-progress")
+    data = json.loads(run(*arguments, "--metrics", "ssim").out)
+    value = data["metrics"]["SSIM"]
+    assert data["n_images"] == 1 and value["ci_low"] == value["mean"] == value["ci_high"] and "calibration" not in data
+    answer = run(*arguments, "--metrics", "ssim,clip")
+    assert answer.code == 2 and "one image cannot be identified among others" in answer.err
 
 
 def test_all_protocols_side_by_side(run: Any, few: SimpleNamespace, tmp_path: Path) -> None:
@@ -414,6 +425,7 @@ SLIPS = [
     (["--n-way", "5"], "n-way identification needs a metric that identifies: Alex(2), Alex(5), Incep or CLIP"),
     (["--backbones", "demo", "--metrics", "CLIP", "--n-way", "25"], "25-way identification: there are 24 images; expected a number from 2 to 24"),
     (["--distractors", "pool.npy"], "--distractors: for CLIP-1000 under --protocol brain-it only; leave it out"),
+    (["--method", "reference"], "method 'reference' is what the calibration's rows are called; choose another name"),
     (["--batch", "0"], "argument --batch: expected a whole number from 1, not '0'; see python -m benchmark.score --help"),
     (["--device", "gpu"], "--device gpu: expected auto, cpu, cuda, or cuda:N for the N-th GPU"),
     (["--subset", "nowhere.txt"], "nowhere.txt: no such file; expected a list of image ids"),
