@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -69,6 +70,9 @@ def main_guard(fn: Callable[[], int | None]) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the output has seen enough, as head does
+        sys.stdout = open(os.devnull, "w")  # or Python complains when it flushes at the end
+        return 0
     except KeyboardInterrupt:
         print("interrupted: type the same command to go on", file=sys.stderr)
         return 130
