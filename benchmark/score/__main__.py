@@ -16,10 +16,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     job = Job.of(args)
     check_outputs(args)
-    if job.networks and job.kind == "paper" and args.random_weights is None:
-        from benchmark.weights import require_weights
-
-        require_weights(job.networks, args.weights)
     from benchmark.score.work import score
 
     work = score(args, job)

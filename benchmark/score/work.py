@@ -20,7 +20,7 @@ from benchmark.imagesets.wording import counted, damaged, one_line, place, reaso
 from benchmark.progress import Progress
 from benchmark.score.options import Job
 from benchmark.score.steps import Steps, passes
-from benchmark.weights import file_digest
+from benchmark.weights import file_digest, require_weights
 from metrics.protocols import Protocol
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def score(args: argparse.Namespace, job: Job) -> Work:
     device = choose_device(args.device)
     sets = [images for images in (recons, truths, blurry) if images is not None]
     _look_at(sets, args.allow_constant, progress)
+    if job.kind == "paper" and args.random_weights is None:  # after the images: they are what people get wrong
+        require_weights(job.networks, args.weights)
 
     # Only now what takes seconds to import: whatever is wrong so far has been said at once.
     import torch
