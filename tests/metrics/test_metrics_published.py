@@ -135,7 +135,10 @@ def test_pixels_of_two_hundred_pairs_under_every_protocol_are_the_papers(name: s
 
 def test_single_precision_as_the_papers_ran_it_rounds_below_what_they_print() -> None:
     truths, recons, _ = pairs_of("mindeye1", 8, seed=6)
-    double, single = (published.pixel_scores("mindeye1", truths, recons, dtype=d) for d in (torch.double, torch.float))
+    double, single = (
+        published.pixel_scores("mindeye1", truths, recons, dtype=dtype, colours=2)
+        for dtype in (torch.double, torch.float)
+    )
     for key in PIXELS:
         np.testing.assert_allclose(single[key], double[key], rtol=0, atol=1e-5, err_msg=key)
 
@@ -198,7 +201,7 @@ def compare(found: NDArray[np.float64], t: NDArray[np.float32], r: NDArray[np.fl
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_networks_are_shown_the_papers_images_and_compared_as_there(name: str) -> None:
-    n = 12
+    n = 10
     truths, recons, lows = pairs_of(name, n, seed=200 + PAPERS.index(name))
     protocol, paper = get_protocol(name), published.PAPERS[name]
     keys = [key for key in published.TAPS if key != "Alex(5)"]
