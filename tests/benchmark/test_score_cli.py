@@ -463,8 +463,12 @@ def files(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-def test_missing_weights_are_all_named_before_any_work(run: Any, tmp_path: Path) -> None:
-    arguments = ("--recons", "nowhere", "--truth", "nowhere", "--weights", tmp_path)
+def test_missing_weights_are_all_named_once_the_images_are_seen_to_be_right(
+    run: Any, few: SimpleNamespace, tmp_path: Path
+) -> None:
+    wrong = run("--recons", "nowhere", "--truth", few.truth, "--weights", tmp_path)
+    assert wrong.code == 2 and "nowhere" in wrong.err and "weights" not in wrong.err
+    arguments = ("--recons", few.recons, "--truth", few.truth, "--weights", tmp_path, "--no-progress")
     answer = run(*arguments)
     first, second = answer.err.splitlines()
     assert answer.code == 2
