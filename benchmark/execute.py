@@ -65,6 +65,7 @@ class RunOptions:
     force: bool = False
     position: str = ""  # "[7/48]", shown before the stage's name
     command: str = ""  # the command that a person typed; this process's own where empty
+    processes: int = 1  # that train together, for stages that ask for several GPUs
     data: str = ""  # folder of the NSD tree that --data names
 
 
@@ -83,8 +84,15 @@ class Outcome:
     error: str = ""
 
 
-def execute(stage: Stage, store: Store, options: RunOptions | None = None) -> Outcome:
+def execute(
+    stage: Stage,
+    store: Store,
+    options: RunOptions | None = None,
+    ready: Callable[[Path], None] = lambda folder: None,
+) -> Outcome:
     """Compute one stage whose upstream stages are done, or find that another process has.
+
+    ``ready`` is told the stage's folder just before its function runs.
 
     The status keeps wall-clock and CPU seconds (of all attempts that add up to the result) and the peak resident
     memory of this process and its children, sampled four times a second while the stage runs: what the process holds
@@ -114,7 +122,7 @@ def execute(stage: Stage, store: Store, options: RunOptions | None = None) -> Ou
             status = _Status(stage, options, attempt)
         except OSError as error:
             raise RunError(f"stage {stage.title} cannot start: {error}") from error
-        return _attempt(stage, store, options, progress, attempt.folder, status)
+        return _attempt(stage, store, options, progress, attempt.folder, status, ready)
 
 
 @contextlib.contextmanager
@@ -137,8 +145,48 @@ def exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+def execute_beside(stage: Stage, store: Store, options: RunOptions, folder: Path, scratch: Path) -> None:
+    """Run a stage's function beside the process that computes it; what it writes goes to ``scratch``.
+
+    Args:
+        stage: whose function.
+        store: where its inputs are.
+        options: as of the other process, but for the device.
+        folder: of the stage, whose checkpoints are read.
+        scratch: takes the outputs.
+    """
+    run = _load(stage.run)
+    _prepare_torch(stage, options)
+    progress = Progress(enabled=False)
+    run(_context(stage, store, options, scratch, folder / CHECKPOINTS, _SafeTracker(None, progress), progress))
+
+
+def _context(
+    stage: Stage, store: Store, options: RunOptions, out: Path, checkpoints: Path, tracker: Any, progress: Progress
+) -> StageContext:
+    return StageContext(
+        stage=stage,
+        config=stage.config,
+        out=out,
+        inputs={role: store.folder(upstream) for role, upstream in stage.upstream.items()},
+        checkpoints=checkpoints,
+        tracker=tracker,
+        progress=progress,
+        device=options.device,
+        threads=options.threads,
+        checkpoint_seconds=options.checkpoint_seconds,
+        data=Path(options.data) if options.data else None,
+    )
+
+
 def _attempt(
-    stage: Stage, store: Store, options: RunOptions, progress: Progress, folder: Path, status: _Status
+    stage: Stage,
+    store: Store,
+    options: RunOptions,
+    progress: Progress,
+    folder: Path,
+    status: _Status,
+    ready: Callable[[Path], None],
 ) -> Outcome:
     tracker = _SafeTracker(None, progress)
     try:
@@ -148,19 +196,8 @@ def _attempt(
             _prepare_torch(stage, options)
             write_json(folder / MANIFEST, manifest.make_manifest(stage, options.command))
             tracker = _open_tracker(stage, options, folder, progress)
-            context = StageContext(
-                stage=stage,
-                config=stage.config,
-                out=folder,
-                inputs={role: store.folder(upstream) for role, upstream in stage.upstream.items()},
-                checkpoints=folder / CHECKPOINTS,
-                tracker=cast(Any, tracker),
-                progress=progress,
-                device=options.device,
-                threads=options.threads,
-                checkpoint_seconds=options.checkpoint_seconds,
-                data=Path(options.data) if options.data else None,
-            )
+            context = _context(stage, store, options, folder, folder / CHECKPOINTS, tracker, progress)
+            ready(folder)
             result = run(context)
         if not isinstance(result, dict):
             raise TypeError(f"{stage.run} returned {type(result).__name__}, expected a dict of what the stage found")

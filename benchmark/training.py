@@ -151,6 +151,31 @@ def train(
             return loop.run(bar, signals, log_every)
 
 
+def processes() -> int:
+    """Return how many processes train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one whose results are kept."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def shared_out(config: TrainingConfig) -> TrainingConfig:
+    """Return ``config`` for each of the processes that train together: their micro-batches stand for accumulated ones.
+
+    Raises:
+        UserError: the accumulation cannot be shared out evenly.
+    """
+    together = processes()
+    if config.accumulate % together:
+        raise UserError(
+            f"{together} processes cannot share {config.accumulate} micro-batches a step evenly; "
+            f"set training.accumulate to a multiple of {together}, or use fewer GPUs"
+        )
+    return config.model_copy(update={"accumulate": config.accumulate // together})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules
 

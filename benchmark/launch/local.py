@@ -35,7 +35,7 @@ def run_stage(spec: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: ``stage`` (see :meth:`Stage.to_dict`), ``root`` (the store's folder), ``options`` (fields of
-            :class:`RunOptions`), ``gpu`` (the one to use, as in CUDA_VISIBLE_DEVICES; empty for none).
+            :class:`RunOptions`), ``gpu`` (those to use, as in CUDA_VISIBLE_DEVICES; empty for none).
 
     Returns:
         The fields of an :class:`Outcome` except the stage, and ``user_error``, which tells whose fault a failure is.
@@ -43,7 +43,16 @@ def run_stage(spec: Mapping[str, Any]) -> dict[str, Any]:
     os.environ["CUDA_VISIBLE_DEVICES"] = spec["gpu"]  # read when torch first asks for a GPU
     stage = Stage.from_dict(spec["stage"])
     try:
-        outcome = execute(stage, Store(spec["root"]), RunOptions(**spec["options"]))
+        options, store = RunOptions(**spec["options"]), Store(spec["root"])
+        if options.processes > 1:
+            from benchmark.launch.together import execute_together
+
+            found = execute_together(stage, store, options)
+            if found is None:
+                return {}
+            outcome = found
+        else:
+            outcome = execute(stage, store, options)
     except (RunError, UserError) as error:
         return {"state": "failed", "error": str(error), "user_error": isinstance(error, UserError)}
     return {"state": outcome.state, "seconds": outcome.seconds, "summary": dict(outcome.summary), "user_error": False}
@@ -122,12 +131,19 @@ class LocalLauncher:
         self, stage: Stage, store: Store, options: RunOptions, logs: Path, slot: int
     ) -> LocalJob[dict[str, Any]]:
         executor = submitit.LocalExecutor(folder=logs, max_num_timeout=0)
-        executor.update_parameters(timeout_min=_NO_LIMIT_MIN)
+        gpus = [self._gpus[slot % len(self._gpus)]] if options.device.startswith("cuda") and self._gpus else []
+        # A stage that asks for several gets them; on a CPU as many processes as the options say.
+        processes = min(options.processes, stage.resources.gpus) if stage.resources.gpus > 1 else 1
+        if gpus and stage.resources.gpus > 1:
+            gpus = list(self._gpus[: stage.resources.gpus])
+            processes = len(gpus)
+        options = replace(options, processes=max(1, processes))
+        executor.update_parameters(timeout_min=_NO_LIMIT_MIN, tasks_per_node=options.processes)
         spec = {
             "stage": stage.to_dict(),
             "root": str(store.root.absolute()),
             "options": asdict(options),
-            "gpu": self._gpus[slot % len(self._gpus)] if options.device.startswith("cuda") and self._gpus else "",
+            "gpu": ",".join(gpus),
         }
         threads = str(options.threads)
         # Set before the process starts: numerical libraries read them when they are imported.
@@ -159,16 +175,16 @@ def _collect(one: _Running) -> Outcome:
         UserError: the stage found its input wrong.
     """
     stage, paths = one.decision.stage, one.job.paths
-    if not paths.result_pickle.exists():
+    if not paths.result_pickle.exists():  # of the first process
         log = f"; its log: {paths.stderr}" if paths.stderr.exists() else ""
         died = f"stage {stage.title} failed: its process died (killed, or out of memory){log}"
         return Outcome(stage, "failed", error=died)
     if one.job.exception() is not None:
         broken = f"stage {stage.title} failed: its process could not run it; its log: {paths.stderr}"
         return Outcome(stage, "failed", error=broken)
-    result = one.job.result()
+    result = one.job.results()[0]
     # The logs are for people; submitit's own pickles have served.
-    for pickled in (paths.submitted_pickle, paths.result_pickle):
+    for pickled in (paths.submitted_pickle, *paths.folder.glob(f"{one.job.job_id}_*_result.pkl")):
         pickled.unlink(missing_ok=True)
     if result.pop("user_error"):
         raise UserError(result["error"])

@@ -20,7 +20,7 @@ from benchmark.shards import Shards
 from benchmark.stages.encoder import Predictor, load_mapping
 from benchmark.stages.features import LowLevelTargets, SemanticTargets, read_shapes
 from benchmark.stages.prepare import Prepared
-from benchmark.training import train
+from benchmark.training import is_first_process, shared_out, train
 from benchmark.training_config import TrainingConfig
 from methods.brain_it.losses import multi_layer_info_nce
 from methods.brain_it.tokenizer import VoxelLayout, sample_voxels
@@ -375,12 +375,14 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
     result = train(
         model,
         batch_loss,
-        config=TrainingConfig.model_validate(config["training"]),
+        config=shared_out(TrainingConfig.model_validate(config["training"])),
         ctx=ctx,
         label="joint training",
         validate=validate,
         parameter_groups={"voxels": [bit.tokenizer.voxel_embeddings]},
     )
+    if not is_first_process():
+        return {}
     save_file(model.bit.state_dict(), ctx.out / "bit.safetensors")
     save_file({k: v.contiguous() for k, v in model.unet.state_dict().items()}, ctx.out / "unet.safetensors")
     parameters = sum(p.numel() for p in model.parameters())
