@@ -128,7 +128,7 @@ class Passes:
             with torch.inference_mode():
                 pair = [self.prepared(slice(row, row + 1), side, torch.float64, "cpu") for side in _SIDES]
                 for resize, own in by_size.items():
-                    truth, recon = (resized(x, resize)[0].movedim(0, -1).numpy() for x in pair)
+                    truth, recon = (resized(x.contiguous(), resize)[0].movedim(0, -1).numpy() for x in pair)
                     if truth.shape != recon.shape:
                         raise ValueError(
                             f"image {self.ids[row]}: the truth has {len(truth)} pixels a side, the reconstruction"
@@ -138,12 +138,17 @@ class Passes:
             return values
 
         table = {key: np.empty(len(self.ids)) for key in keys}
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            for row, values in enumerate(pool.map(one, range(len(self.ids)))):
-                for key, value in values.items():
-                    table[key][row] = value
-                if (row + 1) % self.batch == 0 or row + 1 == len(self.ids):
-                    self.progress("pixels", row + 1, len(self.ids))
+        torch_threads = torch.get_num_threads()
+        try:
+            # One thread of torch's in each of the pool's: more would wait for each other and for the processor.
+            with ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for row, values in enumerate(pool.map(one, range(len(self.ids)))):
+                    for key, value in values.items():
+                        table[key][row] = value
+                    if (row + 1) % self.batch == 0 or row + 1 == len(self.ids):
+                        self.progress("pixels", row + 1, len(self.ids))
+        finally:
+            torch.set_num_threads(torch_threads)  # what the pool's threads set holds for every later thread
         return table
 
     def network_pass(

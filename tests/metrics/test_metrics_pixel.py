@@ -4,13 +4,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.color import rgb2gray
 from skimage.metrics import structural_similarity
 
+from metrics.evaluate import evaluate
+from metrics.images import resized
 from metrics.pixel import PIXEL_KEYS, pixcorr, pixel_scores, ssim
-from metrics.protocols import Ssim
+from metrics.protocols import Resize, Ssim, get_protocol
 
 STANDARD = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
 COLUMNS = Ssim(resize=None, flavour="columns")
@@ -202,3 +205,23 @@ def test_pixcorr_of_a_constant_image_is_nan_but_of_a_coloured_plane_is_not() -> 
 def test_pairs_must_have_one_shape() -> None:
     with pytest.raises(ValueError, match=r"truths \(2, 8, 8, 3\) and reconstructions \(2, 8, 9, 3\)"):
         pixcorr(np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 9, 3)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 41, 158, 224, 256, 424, 426, 512])
+def test_images_in_float64_are_resized_without_antialiasing_where_none_is_asked_for(size: int) -> None:
+    images = torch.rand(1, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    plain = torch.nn.functional.interpolate(images, (425, 425), mode="bilinear", align_corners=False, antialias=False)
+    found = resized(images, Resize(425, "bilinear", antialias=False))
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+
+
+def test_scoring_pixels_leaves_torch_the_threads_that_it_had() -> None:
+    truth, recon = pairs(n=3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        evaluate(recon, truth, get_protocol("demo"), {}, range(3), keys=PIXEL_KEYS, threads=2)
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
