@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -70,6 +71,13 @@ def pytest_configure() -> None:
 def pytest_unconfigure() -> None:
     """Open it again."""
     _patch.undo()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Start every test with one thread: a command that an earlier one ran may have taken more, and sums round anew."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)

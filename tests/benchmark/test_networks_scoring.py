@@ -118,7 +118,7 @@ def test_features_are_what_hooks_on_the_librarys_model_see(name: str, tmp_path: 
     for layer, values in found.items():
         flat = same[layer].ndim > values.ndim
         close(values, same[layer].flatten(1) if flat else same[layer])
-        close(values, exact[layer].flatten(1) if flat else exact[layer], 2e-5)
+        close(values, exact[layer].flatten(1) if flat else exact[layer], 1e-4)  # float32, random weights
 
 
 @torch.no_grad()
