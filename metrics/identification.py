@@ -11,9 +11,13 @@ Unless told otherwise each reconstruction is tried against all truths ("recon-to
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from math import comb
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +31,7 @@ _COLUMNS = 8192  # features a block: two (1000, 8192) float32 blocks are 64 MB
 # 184,512 features). Where very many do (features that hardly differ between images), float64 products leave only true
 # ties.
 _BANDS: tuple[tuple[type[np.floating], float], ...] = ((np.float32, 1e-5), (np.float64, 1e-12))
+_ROWS_WORTH_THREADS = 1 << 22  # features in all, below which starting threads costs more than they save
 _MOST_NEAR = 4  # values to redo one by one, per column
 _NO_VARIANCE = 1e-12  # centred norm over raw norm below which a row is constant up to float64 rounding
 
@@ -203,7 +208,7 @@ def _n_way(comparisons: Comparisons, n: int, ties: Ties) -> Floats:
 
 
 def _paired(truth: NDArray[np.floating], recon: NDArray[np.floating]) -> Floats:
-    return np.array([_correlation(t, r) for t, r in zip(truth, recon, strict=True)], dtype=np.float64)
+    return np.array(_by_row(_correlation, truth, recon), dtype=np.float64)
 
 
 def _centred(row: NDArray[np.floating]) -> tuple[Floats, float, float]:
@@ -275,9 +280,17 @@ def _products(
     return np.clip(r, -1.0, 1.0)
 
 
+def _by_row(function: Callable[..., Any], *sets: NDArray[np.floating]) -> list[Any]:
+    """Apply ``function`` to the rows of the sets in step, on all cores: numpy lets go of the interpreter meanwhile."""
+    if sets[0].size < _ROWS_WORTH_THREADS:
+        return [function(*rows) for rows in zip(*sets, strict=True)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(function, *sets))
+
+
 def _moments(x: NDArray[np.floating]) -> tuple[Floats, Floats]:
     """Mean and centred norm of each row in float64; the norm of a constant row is NaN."""
-    moments = np.array([_centred(row)[1:] for row in x])
+    moments = np.array(_by_row(lambda row: _centred(row)[1:], x))
     return moments[:, 0], moments[:, 1]
 
 
