@@ -12,7 +12,7 @@ Unless told otherwise each reconstruction is tried against all truths ("recon-to
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +31,7 @@ _COLUMNS = 8192  # features a block: two (1000, 8192) float32 blocks are 64 MB
 # 184,512 features). Where very many do (features that hardly differ between images), float64 products leave only true
 # ties.
 _BANDS: tuple[tuple[type[np.floating], float], ...] = ((np.float32, 1e-5), (np.float64, 1e-12))
-_ROWS_WORTH_THREADS = 1 << 22  # features in all, below which starting threads costs more than they save
+_WORTH_THREADS = 1 << 22  # features in all, below which starting threads costs more than they save
 _MOST_NEAR = 4  # values to redo one by one, per column
 _NO_VARIANCE = 1e-12  # centred norm over raw norm below which a row is constant up to float64 rounding
 
@@ -45,7 +45,7 @@ def pairwise_correlation(truth: ArrayLike, recon: ArrayLike) -> Floats:
     Returns:
         (N,) in [-1, 1].
     """
-    return _paired(*_two_sets(truth, recon))
+    return _paired(*_two_sets(truth, recon))[0]
 
 
 def correlation_distance(truth: ArrayLike, recon: ArrayLike) -> Floats:
@@ -73,11 +73,12 @@ def correlation_matrix(truth: ArrayLike, recon: ArrayLike, direction: Direction 
         ValueError: the two differ in shape, or hold a value that is not finite.
     """
     truth, recon = _two_sets(truth, recon)
-    own = _paired(truth, recon)
+    own, *moments = _paired(truth, recon)
+    truths, recons = (truth, moments[0]), (recon, moments[1])
     if direction == "recon-to-truth":
-        r = _cross_correlation(truth, recon, own, paired=True)
+        r = _cross_correlation(truths, recons, own, paired=True)
     else:
-        r = _cross_correlation(recon, truth, own, paired=True).T
+        r = _cross_correlation(recons, truths, own, paired=True).T
     np.fill_diagonal(r, own)
     return r
 
@@ -179,8 +180,8 @@ def pool_n_way_top1(truth: ArrayLike, recon: ArrayLike, pool: ArrayLike, n: int,
         raise ValueError(
             f"the retrieval pool has {pool.shape[1]} features an image, the reconstructions {recon.shape[1]}"
         )
-    own = _paired(truth, recon)
-    r = _cross_correlation(pool, recon, own)
+    own, _, moments = _paired(truth, recon)
+    r = _cross_correlation((pool, _moments(pool)), (recon, moments), own)
     comparisons = Comparisons(
         lower=(r < own).sum(axis=0),
         equal=(r == own).sum(axis=0),
@@ -207,10 +208,6 @@ def _n_way(comparisons: Comparisons, n: int, ties: Ties) -> Floats:
     return np.array([chance(int(w), int(e)) for w, e in zip(won, tied, strict=True)], dtype=np.float64)
 
 
-def _paired(truth: NDArray[np.floating], recon: NDArray[np.floating]) -> Floats:
-    return np.array(_by_row(_correlation, truth, recon), dtype=np.float64)
-
-
 def _centred(row: NDArray[np.floating]) -> tuple[Floats, float, float]:
     """Return the row less its mean in float64, that mean, and the norm of what is left: NaN for a constant row."""
     x = row.astype(np.float64)
@@ -228,70 +225,104 @@ def _dot(x: Floats, y: Floats) -> float:
 
 def _correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
     """Pearson of two vectors in float64: always the same operations in the same order, so equal inputs tie bitwise."""
-    x, _, norm_x = _centred(a)
-    y, _, norm_y = _centred(b)
-    return float(np.clip(_dot(x, y) / (norm_x * norm_y), -1.0, 1.0))
+    return _pair(a, b)[0]
 
 
-def _cross_correlation(
-    rows: NDArray[np.floating], columns: NDArray[np.floating], own: Floats, paired: bool = False
-) -> Floats:
+def _pair(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[float, float, float, float, float]:
+    """Return Pearson of two vectors, then mean and centred norm of each."""
+    x, mean_x, norm_x = _centred(a)
+    y, mean_y, norm_y = _centred(b)
+    r = float(np.clip(_dot(x, y) / (norm_x * norm_y), -1.0, 1.0))
+    return r, mean_x, norm_x, mean_y, norm_y
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Mean and centred norm of each row, in float64; the norm of a constant row is NaN."""
+
+    mean: Floats
+    norm: Floats
+
+
+_Set = tuple[NDArray[np.floating], _Moments]
+
+
+def _moments(x: NDArray[np.floating]) -> _Moments:
+    mean, norm = np.array(_by_row(lambda row: _centred(row)[1:], x)).T
+    return _Moments(mean, norm)
+
+
+def _paired(truth: NDArray[np.floating], recon: NDArray[np.floating]) -> tuple[Floats, _Moments, _Moments]:
+    """Return Pearson of each pair of rows, and the moments of both sides: features are read once for all three."""
+    own, mean_x, norm_x, mean_y, norm_y = np.array(_by_row(_pair, truth, recon), dtype=np.float64).T
+    return own, _Moments(mean_x, norm_x), _Moments(mean_y, norm_y)
+
+
+def _cross_correlation(rows: _Set, columns: _Set, own: Floats, paired: bool = False) -> Floats:
     """Pearson of each row of ``rows`` (M, F) with each of ``columns`` (N, F), exact where it comes near ``own`` (N,).
 
     Where the two are ``paired`` the diagonal is left for the caller to fill with ``own``.
     """
-    moments = (*_moments(rows), *_moments(columns))
     for dtype, band in _BANDS:
-        r = _products(rows, columns, *moments, dtype)
+        r = _products(rows, columns, dtype)
         near = np.abs(r - own) < band
         if paired:
             np.fill_diagonal(near, False)
-        if near.sum() <= _MOST_NEAR * len(columns):
+        if near.sum() <= _MOST_NEAR * len(own):
             break
     for i, j in np.argwhere(near):
-        r[i, j] = _correlation(rows[i], columns[j])
+        r[i, j] = _correlation(rows[0][i], columns[0][j])
     return r
 
 
-def _products(
-    rows: NDArray[np.floating],
-    columns: NDArray[np.floating],
-    row_mean: Floats,
-    row_norm: Floats,
-    column_mean: Floats,
-    column_norm: Floats,
-    dtype: type[np.floating],
-) -> Floats:
-    def standardised(x: NDArray[np.floating], mean: Floats, norm: Floats) -> NDArray[np.floating]:
-        # Dividing by the norm first keeps the products in range whatever the features' scale. That float32 rounds the
-        # mean does not matter: it shifts a row by a constant, which the other row, being centred, does not see.
-        wide = np.result_type(x.dtype, dtype)
-        x = x - mean.astype(wide)[:, None]
-        x *= (1.0 / norm).astype(wide)[:, None]
-        return x.astype(dtype, copy=False)
-
-    r = np.zeros((len(rows), len(columns)))
-    for start in range(0, rows.shape[1], _COLUMNS):
-        block = slice(start, start + _COLUMNS)
-        r += (
-            standardised(rows[:, block], row_mean, row_norm)
-            @ standardised(columns[:, block], column_mean, column_norm).T
+def _products(rows: _Set, columns: _Set, dtype: type[np.floating]) -> Floats:
+    """Pearson of each row with each column by products of ``dtype``, a block of features at a time."""
+    features = rows[0].shape[1]
+    buffers = [np.empty((len(x), min(_COLUMNS, features)), dtype) for x, _ in (rows, columns)]
+    r = np.zeros((len(rows[0]), len(columns[0])))
+    for start in range(0, features, _COLUMNS):
+        block = slice(start, min(start + _COLUMNS, features))
+        a, b = (
+            _standardised(x, moments, block, buffer)
+            for (x, moments), buffer in zip((rows, columns), buffers, strict=True)
         )
+        r += a @ b.T
     return np.clip(r, -1.0, 1.0)
 
 
+def _standardised(
+    x: NDArray[np.floating], moments: _Moments, block: slice, buffer: NDArray[np.floating]
+) -> NDArray[np.floating]:
+    """Put a block of features, centred and over their rows' norms, into ``buffer``; return what of it was filled."""
+    # Dividing by the norm first keeps the products in range whatever the features' scale. That float32 rounds the
+    # mean does not matter: it shifts a row by a constant, which the other row, being centred, does not see.
+    wide = np.result_type(x.dtype, buffer.dtype)
+    mean, scale = moments.mean.astype(wide)[:, None], (1.0 / moments.norm).astype(wide)[:, None]
+    filled = buffer[:, : block.stop - block.start]
+
+    def fill(rows: slice) -> None:
+        if wide == buffer.dtype:
+            np.subtract(x[rows, block], mean[rows], out=filled[rows])
+            filled[rows] *= scale[rows]
+        else:
+            filled[rows] = (x[rows, block] - mean[rows]) * scale[rows]
+
+    step = -(-len(x) // len(os.sched_getaffinity(0)))
+    _spread(fill, [slice(k, k + step) for k in range(0, len(x), step)], filled.size)
+    return filled
+
+
 def _by_row(function: Callable[..., Any], *sets: NDArray[np.floating]) -> list[Any]:
-    """Apply ``function`` to the rows of the sets in step, on all cores: numpy lets go of the interpreter meanwhile."""
-    if sets[0].size < _ROWS_WORTH_THREADS:
-        return [function(*rows) for rows in zip(*sets, strict=True)]
+    """Apply ``function`` to the rows of the sets in step."""
+    return _spread(lambda rows: function(*rows), list(zip(*sets, strict=True)), sets[0].size)
+
+
+def _spread(function: Callable[[Any], Any], pieces: Sequence[Any], size: int) -> list[Any]:
+    """Apply ``function`` to the pieces, on all cores where they are worth it: numpy lets go of the interpreter."""
+    if size < _WORTH_THREADS:
+        return [function(piece) for piece in pieces]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(function, *sets))
-
-
-def _moments(x: NDArray[np.floating]) -> tuple[Floats, Floats]:
-    """Mean and centred norm of each row in float64; the norm of a constant row is NaN."""
-    moments = np.array(_by_row(lambda row: _centred(row)[1:], x))
-    return moments[:, 0], moments[:, 1]
+        return list(pool.map(function, pieces))
 
 
 def _rows(x: ArrayLike, name: str) -> NDArray[np.floating]:
@@ -300,8 +331,9 @@ def _rows(x: ArrayLike, name: str) -> NDArray[np.floating]:
         array = array.astype(np.float64)
     if array.ndim != 2:
         raise ValueError(f"{name} features must be (images, features), not of shape {array.shape}")
-    for k, row in enumerate(array):  # row by row: a mask of all would take a quarter of the features' own size
-        if not np.isfinite(row).all():
+    # Row by row: a mask of all would take a quarter of the features' own size.
+    for k, finite in enumerate(_by_row(lambda row: np.isfinite(row).all(), array)):
+        if not finite:
             raise ValueError(f"{name} features of row {k} hold a NaN or an infinity; check its image and network")
     return array
 

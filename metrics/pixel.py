@@ -9,6 +9,7 @@ meanwhile, so pairs scale over threads.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 
 import numpy as np
@@ -143,9 +144,7 @@ def _similarity(x: Floats, y: Floats, spec: Ssim, *, columns: bool) -> float:
         raise ValueError(
             f"SSIM needs images of at least {2 * radius + 1} x {2 * radius + 1} pixels, not {width} x {height}"
         )
-    offsets = np.arange(-radius, radius + 1)
-    window = np.exp(-0.5 * (offsets / spec.sigma) ** 2)
-    gaussian = _StripFilter(height, width, window / window.sum(), both_axes=not columns)
+    gaussian = _strip_filter(height, width, spec.sigma, radius, not columns)
     # With u = x + y and v = x - y, 4 E[xy] = E[uu] - E[vv] and 2 E[xx + yy] = E[uu] + E[vv]: four filtered maps are
     # enough, equal images give exactly 1, and the factors leave the constants doubled.
     c1, c2 = 2.0 * (_K1 * spec.data_range) ** 2, 2.0 * (_K2 * spec.data_range) ** 2
@@ -175,6 +174,20 @@ def _similarity(x: Floats, y: Floats, spec: Ssim, *, columns: bool) -> float:
             total += gaussian.total(numerator, rows)
     inner_width = width if columns else width - 2 * radius
     return total / (len(x) * (height - 2 * radius) * inner_width)
+
+
+_kept = threading.local()
+
+
+def _strip_filter(height: int, width: int, sigma: float, radius: int, both_axes: bool) -> _StripFilter:
+    """Return this thread's filter for these sizes, kept: to map fresh buffers for every pair would take longer."""
+    key = (height, width, sigma, radius, both_axes)
+    if getattr(_kept, "key", None) != key:
+        window = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+        _kept.filter = _StripFilter(height, width, window / window.sum(), both_axes=both_axes)
+        _kept.key = key
+    found: _StripFilter = _kept.filter
+    return found
 
 
 class _StripFilter:
