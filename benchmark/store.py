@@ -122,7 +122,12 @@ class Store:
         Raises:
             UserError: the store cannot be written to, or its file system has no locks.
         """
-        path = self._lock_path(stage)
+        with self.hold(self._lock_path(stage), on_wait):
+            yield
+
+    @contextlib.contextmanager
+    def hold(self, path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Hold a lock file of the store, as :meth:`lock` does a stage's."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = path.open("a+", encoding="utf-8")
