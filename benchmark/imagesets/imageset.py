@@ -215,7 +215,7 @@ def paired(recons: ImageSet, truths: ImageSet) -> tuple[ImageSet, ImageSet]:
     if by_subject and recons.subjects is None:
         raise UserError(
             f"{place(recons.path)}: does not tell the subjects, but the {truths.what} are those of several\n"
-            "name the files like subj01_nsd00034.png, or hand in the truths of one subject"
+            f"name the files like subj01_nsd00034.png, or hand in the {truths.what} of one subject"
         )
     truth_keys = list(zip((truths.subjects if by_subject else None) or [None] * len(truths), truths.ids, strict=True))
     own_subjects = recons.subjects or [None] * len(recons)
