@@ -116,7 +116,14 @@ class EncoderConfig(Settings):
 class ClusteringConfig(Settings):
     """The voxel-to-cluster mapping (Sec. 3.1, App. A.2 and A.3)."""
 
-    n_clusters: PositiveInt = Field(128, description="Clusters shared by all subjects (Table T3 varies it).")
+    method: Literal["functional", "coordinates", "schaefer-400", "schaefer-1000"] = Field(
+        "functional",
+        description="By the encoder's voxel embeddings; by place on fsaverage's pial surface; or an atlas's parcels "
+        "(Table T2).",
+    )
+    n_clusters: PositiveInt = Field(
+        128, description="Clusters shared by all subjects (Table T3 varies it); an atlas has as many as it has."
+    )
     covariance: Literal["full", "tied", "diag", "spherical"] = Field("full", description="Of the mixture's components.")
     max_iter: PositiveInt = Field(100, description="Of expectation maximisation (scikit-learn's default).")
 
@@ -261,6 +268,9 @@ class GenerationConfig(Settings):
     subjects: tuple[int, ...] = Field(
         (1, 2, 5, 7), min_length=1, description="Whose recordings are reconstructed (Table 1)."
     )
+    test_set: Literal["nsd", "nsd-synthetic"] = Field(
+        "nsd", description="The shared images of NSD, or the 284 images of NSD-Synthetic, without scores (Fig. S14)."
+    )
     test_images: PositiveInt | None = Field(None, description="Reconstruct only the first so many; None takes all.")
     batch: PositiveInt = Field(32, description="Images sampled side by side; changes no result.")
 
@@ -318,6 +328,11 @@ class Variant(Settings):
     refinement: RefinementConfig = RefinementConfig()
     memory: MemoryConfig = MemoryConfig()
     score: ScoreConfig = ScoreConfig()
+
+    @property
+    def needs_anatomy(self) -> bool:
+        """Whether voxels are clustered by where they are."""
+        return self.clustering.method != "functional"
 
     @model_validator(mode="after")
     def _statistics_need_stored_maps(self) -> Self:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,7 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
     )
     problems = missing_networks(variants)
     try:
-        digest = _check_data(args, next(iter(variants.values())))
+        digest = _check_data(args, variants)
     except UserError as error:
         problems.insert(0, f"data: {error}")
         digest = "missing"
@@ -122,13 +122,15 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
     if main_name not in stages:
         raise UserError(f"sweep {sweep.name}: its reference variant {main_name} is not among the values that run")
     store = Store(args.out / "store")
-    targets = [stage for own in stages.values() for stage in (own.score,)]
-    plan = Plan.of([*targets, stages[main_name].references])
+    scored = stages[main_name].synthetic is None
+    plan = Plan.of([*(own.end for own in stages.values()), *([stages[main_name].references] if scored else [])])
     decisions = plan.decide(store, args.mode)
     _say_what_runs(sweep, args, decisions, len(variants))
     if args.preset == "paper":
         owner = {
-            stage.fingerprint: name for name, own in reversed(stages.items()) for stage in (*own.chain, own.references)
+            stage.fingerprint: name
+            for name, own in reversed(stages.items())
+            for stage in Plan.of([own.end, own.references]).stages
         }
         problems += missing_disk(args.out, needed_disk(decisions, variants, owner))
         if args.dry_run:
@@ -162,8 +164,11 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
     else:
         outcomes = []
         finished = {decision.stage.fingerprint for decision in decisions if decision.action == "cached"}
-    complete = {name: own for name, own in stages.items() if own.score.fingerprint in finished}
-    if main_name in complete and stages[main_name].references.fingerprint in finished:
+    complete = {name: own for name, own in stages.items() if own.end.fingerprint in finished}
+    if not scored:
+        for name, own in complete.items():
+            print(f"{name}: NSD-Synthetic as seen and reconstructed: {store.folder(own.end)}/grid_subj*.png")
+    elif main_name in complete and stages[main_name].references.fingerprint in finished:
         _report(args, store, sweep, variants, complete, main_name, time.monotonic() - started)
     raise_failures(outcomes)
     return 0
@@ -252,13 +257,15 @@ def read_settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _check_data(args: argparse.Namespace, variant: Variant) -> str | None:
+def _check_data(args: argparse.Namespace, variants: Mapping[str, Variant]) -> str | None:
     """Return the digest of the tree that ``--data`` names, after its check; None where one is simulated.
 
-    Whose recordings are reconstructed is checked here, and not hours later by the stage that reconstructs them.
+    Whose recordings are reconstructed, and whether the data have what single variants ask for, is checked here, and not
+    hours later by the stage that needs it.
     """
     from benchmark.errors import UserError
 
+    variant = next(iter(variants.values()))
     if args.data is not None:
         from benchmark.stages.prepare import open_data
 
@@ -276,7 +283,22 @@ def _check_data(args: argparse.Namespace, variant: Variant) -> str | None:
             f"generation.subjects names subject {absent[0]}; {where} has subjects {', '.join(map(str, present))}\n"
             f"type --set generation.subjects=[{few}]{remedy}"
         )
+    if args.data is not None:
+        _check_companions(data, variants.values())
     return data.digest() if args.data is not None else None
+
+
+def _check_companions(data: Any, variants: Collection[Variant]) -> None:
+    """Refuse data without the anatomy or the NSD-Synthetic that a variant asks for."""
+    from benchmark.stages.anatomy import anatomy
+
+    for method in {variant.clustering.method: None for variant in variants if variant.needs_anatomy}:
+        anatomy(data, data.subjects, method)
+    for variant in variants:
+        if variant.generation.test_set == "nsd-synthetic":
+            from benchmark.stages import synthetic  # brings in torch
+
+            synthetic.check(data, variant.generation.subjects, variant.data.image_size)
 
 
 def _say_what_runs(sweep: Sweep, args: argparse.Namespace, decisions: list[Decision], variants: int) -> None:

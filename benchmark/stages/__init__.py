@@ -6,7 +6,7 @@ Imports no torch: the functions that run are named, not imported.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmark.config import BranchConfig, EncoderConfig, JointConfig, Variant
@@ -45,6 +45,12 @@ class VariantStages:
     reconstruct: Stage
     score: Stage
     references: Stage
+    synthetic: Stage | None = None  # reconstructions of NSD-Synthetic, where these are asked for instead of scores
+
+    @property
+    def end(self) -> Stage:
+        """What the variant is finished with."""
+        return self.synthetic or self.score
 
     @property
     def chain(self) -> tuple[Stage, ...]:
@@ -110,6 +116,7 @@ def variant_stages(
     else:
         digests["nsd"] = data_digest
     data = variant.data
+    reads_data = prepare is None
     prepare = prepare or Stage(
         name="prepare",
         run="benchmark.stages.prepare:run",
@@ -168,12 +175,13 @@ def variant_stages(
         digests={"encoder": weights["encoder"]},
         resources=GPU,
     )
+    if variant.needs_anatomy and not reads_data:
+        raise UserError(f"clustering.method '{variant.clustering.method}' needs data with anatomy; leave it out here")
     clusters = Stage(
         name="clusters",
         run="benchmark.stages.encoder:run_clusters",
-        config={**dump(variant.clustering), "seed": seed},
-        upstream={"encoder": encoder},
         label=label,
+        **_clustering(variant, encoder, {"data": prepare, **prepare_upstream}, digests),
     )
     bit_upstream = {**shared, "encoder": encoder, "external": external, "clusters": clusters}
     lowlevel = Stage(
@@ -216,7 +224,7 @@ def variant_stages(
         run="benchmark.stages.reconstruct:run",
         config={
             "seed": seed,
-            "generation": {k: v for k, v in dump(variant.generation).items() if k != "batch"},
+            "generation": {k: v for k, v in dump(variant.generation).items() if k not in ("batch", "test_set")},
             "dip": {k: v for k, v in dump(variant.dip).items() if k != "batch"},
             "semantic": {name: bit_sizes[name] for name in ("dim", "depth", "heads")},
             "lowlevel": {
@@ -284,7 +292,66 @@ def variant_stages(
         label=label,
         resources=GPU,
     )
-    return VariantStages(prepare, encoder, clusters, lowlevel, semantic, joint, reconstruct, score, references)
+    synthetic = None
+    if variant.generation.test_set == "nsd-synthetic":
+        if not reads_data:
+            raise UserError("generation.test_set 'nsd-synthetic' needs the data set; leave it out here")
+        synthetic = _on_synthetic(reconstruct, prepare, prepare_upstream, digests)
+    return VariantStages(
+        prepare, encoder, clusters, lowlevel, semantic, joint, reconstruct, score, references, synthetic
+    )
+
+
+def _clustering(
+    variant: Variant, encoder: Stage, sources: Mapping[str, Stage], digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return configuration and upstream of stage ``clusters``: only what its method reads.
+
+    Args:
+        variant: what to run.
+        encoder: its stage ``encoder``.
+        sources: its stage ``prepare`` as ``data``, and what that is made of.
+        digests: of the data tree, where one is given.
+    """
+    settings = variant.clustering.model_dump(mode="json")
+    if not variant.needs_anatomy:
+        functional = {name: value for name, value in settings.items() if name != "method"}
+        return {"config": {**functional, "seed": variant.seed}, "upstream": {"encoder": encoder}}
+    by_place = variant.clustering.method == "coordinates"
+    own = {"n_clusters": variant.clustering.n_clusters, "seed": variant.seed} if by_place else {}
+    anatomy = Stage(
+        name="anatomy",
+        run="benchmark.stages.anatomy:run",
+        config={"what": variant.clustering.method},
+        upstream=sources,
+        digests=digests,
+    )
+    return {"config": {"method": variant.clustering.method, **own}, "upstream": {"anatomy": anatomy}}
+
+
+def _on_synthetic(
+    reconstruct: Stage, prepare: Stage, sources: Mapping[str, Stage], digests: Mapping[str, str]
+) -> Stage:
+    """Return the stage that reconstructs NSD-Synthetic as ``reconstruct`` does the shared images."""
+    complete = {
+        role: replace(stage, config={**stage.config, "complete": True}) for role, stage in sources.items()
+    }  # the same miniature NSD, with NSD-Synthetic beside it
+    recordings = Stage(
+        name="synthetic",
+        run="benchmark.stages.synthetic:run",
+        config={
+            "image_size": prepare.config["image_size"],
+            "subjects": reconstruct.config["generation"]["subjects"],
+        },
+        upstream=complete,
+        digests=digests,
+    )
+    return replace(
+        reconstruct,
+        name="reconstruct-synthetic",
+        run="benchmark.stages.synthetic:run_reconstruct",
+        upstream={**reconstruct.upstream, "synthetic": recordings},
+    )
 
 
 def _taps(variant: Variant) -> dict[str, Any]:

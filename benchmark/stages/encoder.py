@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmark.context import StageContext
 from benchmark.errors import UserError
 from benchmark.shards import collect, write_shards
+from benchmark.stages.anatomy import cluster_by_anatomy
 from benchmark.stages.features import LiveTaps, StoredTaps, encoder_taps
 from benchmark.stages.prepare import Prepared
 from benchmark.training import train
@@ -178,8 +179,11 @@ def run_clusters(ctx: StageContext) -> dict[str, Any]:
 
     Output: ``v2c.safetensors`` with its description.
     """
-    embeddings = load_file(ctx.inputs["encoder"] / "encoder.safetensors")["voxel_embedding"].numpy()
-    mapping = fit_clusters(embeddings, ctx.config)
+    if "anatomy" in ctx.inputs:
+        mapping = cluster_by_anatomy(ctx.inputs["anatomy"], ctx.config)
+    else:
+        embeddings = load_file(ctx.inputs["encoder"] / "encoder.safetensors")["voxel_embedding"].numpy()
+        mapping = fit_clusters(embeddings, ctx.config)
     mapping.save(ctx.out / "v2c.safetensors")
     sizes = mapping.sizes()
     return {

@@ -29,9 +29,9 @@ CHUNK = 256
 
 
 def run_simulate(ctx: StageContext) -> dict[str, Any]:
-    """Write a miniature NSD with the settings in the config."""
+    """Write a miniature NSD with the settings in the config; where it says ``complete``, with NSD-Synthetic beside."""
     settings = SimulationSettings(**ctx.config["settings"])
-    simulate(ctx.out / TREE, settings, progress=ctx.progress)
+    simulate(ctx.out / TREE, settings, progress=ctx.progress, complete=ctx.config.get("complete", False))
     return {"subjects": settings.subjects, "images": settings.n_images, "sessions": settings.n_sessions}
 
 
@@ -42,10 +42,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     ``betas_subjX.npy`` (images seen x voxels: z-scored per session, repeats averaged; float32, from a store float16)
     with ``ids_subjX.npy`` (ascending NSD ids), and ``meta.json``.
     """
-    root = ctx.inputs[TREE] / TREE if TREE in ctx.inputs else ctx.data
-    if root is None:
-        raise UserError("no data: name the folder of an NSD tree or of a prepared store with --data DIR")
-    source = open_data(root)
+    source = source_of(ctx)
     count = _from_store(ctx, source) if isinstance(source, PreparedData) else _from_tree(ctx, source)
     splits = make_splits(source, seed=ctx.config["validation_seed"], fraction=ctx.config["validation_fraction"])
     meta = {
@@ -65,6 +62,18 @@ def run(ctx: StageContext) -> dict[str, Any]:
         "test images": len(splits.test),
         "external images": count,
     }
+
+
+def source_of(ctx: StageContext) -> NSD | PreparedData:
+    """Open what a stage reads: the tree that was simulated for it, or what ``--data`` names.
+
+    Raises:
+        UserError: neither is there, or something in it is wrong.
+    """
+    root = ctx.inputs[TREE] / TREE if TREE in ctx.inputs else ctx.data
+    if root is None:
+        raise UserError("no data: name the folder of an NSD tree or of a prepared store with --data DIR")
+    return open_data(root)
 
 
 def open_data(root: Path) -> NSD | PreparedData:

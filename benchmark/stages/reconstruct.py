@@ -52,29 +52,41 @@ def run(ctx: StageContext) -> dict[str, Any]:
     subjects = config["generation"]["subjects"]
     ids = data.test_ids(subjects)[: config["generation"]["test_images"]]
     index = np.array([(subject, image) for subject in subjects for image in ids], np.int64)
-    saved_size = config["generation"]["saved_size"]
     np.save(ctx.out / "index.npy", index)
-    seen = data.images[ids] if saved_size is None else prepare_images(data.images[ids], saved_size)
-    _save(ctx.out / "seen", [seen_name(image) for image in ids], seen)
-    work = _Work(ctx, data, index)
+    seen = as_shown(data.images[ids], config["generation"]["saved_size"])
+    save_images(ctx.out / "seen", [seen_name(image) for image in ids], seen)
+    names = [image_name(int(subject), int(image)) for subject, image in index]
+    reconstruct(ctx, data, index, names)
+    ctx.tracker.image("first reconstruction", ctx.out / "combined" / names[0])
+    return {"images": len(ids), "subjects": len(subjects)}
+
+
+def reconstruct(ctx: StageContext, data: Prepared, index: np.ndarray, names: Sequence[str]) -> None:
+    """Write the reconstructions of recordings, a folder each step, as :func:`run` says.
+
+    Args:
+        ctx: of the stage, whose configuration and upstream stages are those of ``reconstruct``.
+        data: the recordings.
+        index: (n, 2) subject, and image as in ``data.seen_ids``.
+        names: n names of the PNG files.
+    """
+    saved_size = ctx.config["generation"]["saved_size"]
+    work = _Work(ctx, data, index, names)
     made = {"lowlevel": work.lowlevel()}
     made["semantic"], made["combined"] = work.generated(made["lowlevel"])
-    if config["refiner"] is not None:
+    if ctx.config["refiner"] is not None:
         made["unrefined"], made["combined"] = made["combined"], work.refined(made["combined"])
     for kind, folder in made.items():
         for name in work.names:
             image = np.load(folder / f"{name}.npy")
-            _save(ctx.out / kind, [name], _as_saved(image, saved_size)[None])
-    ctx.tracker.image("first reconstruction", ctx.out / "combined" / work.names[0])
-    return {"images": len(ids), "subjects": len(subjects)}
+            save_images(ctx.out / kind, [name], _as_saved(image, saved_size)[None])
 
 
 class _Work:
     """The images of one stage, made step by step; a step's images lie in ``checkpoints`` (3 x H x W float32 each)."""
 
-    def __init__(self, ctx: StageContext, data: Prepared, index: np.ndarray) -> None:
-        self.ctx, self.data, self.config = ctx, data, dict(ctx.config)
-        self.names = [image_name(int(s), int(i)) for s, i in index]
+    def __init__(self, ctx: StageContext, data: Prepared, index: np.ndarray, names: Sequence[str]) -> None:
+        self.ctx, self.data, self.config, self.names = ctx, data, dict(ctx.config), list(names)
         self.seeds = [image_seed(self.config["seed"], int(s), int(i)) for s, i in index]
         self.subject = np.array([data.subjects.index(subject) for subject in index[:, 0]])
         self.row = np.array(
@@ -256,13 +268,18 @@ def _invert(
     )
 
 
-def _save(folder: Path, names: list[str], images: np.ndarray) -> None:
+def as_shown(images: np.ndarray, size: int | None) -> np.ndarray:
+    """Return seen images (N x S x S x 3 uint8) in the size of the reconstructions; None keeps theirs."""
+    return images if size is None else prepare_images(images, size)
+
+
+def save_images(folder: Path, names: Sequence[str], images: np.ndarray) -> None:
     """Write images (N x H x W x 3 uint8) as PNG."""
     folder.mkdir(exist_ok=True)
     for name, image in zip(names, images, strict=True):
         Image.fromarray(image).save(folder / name, compress_level=6)
 
 
-def read_images(folder: Path, names: list[str]) -> np.ndarray:
+def read_images(folder: Path, names: Sequence[str]) -> np.ndarray:
     """Return the named PNGs: N x H x W x 3 uint8."""
     return np.stack([np.asarray(Image.open(folder / name).convert("RGB")) for name in names])

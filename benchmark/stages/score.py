@@ -136,9 +136,14 @@ def run_references(ctx: StageContext) -> dict[str, Any]:
         mean = np.rint(data.images[own].mean(0)).astype(np.uint8)
         frames.append(judge.score(np.repeat(mean[None], len(ids), 0), subject, ids, "reference", "mean image"))
         combined = read_images(folder / "combined", [image_name(subject, int(image)) for image in ids])
-        # Every image goes to another one's recording: a random cycle has no fixed point.
-        order = np.random.default_rng([ctx.config["seed"], subject]).permutation(len(ids))
-        wrong = np.empty(len(ids), np.int64)
-        wrong[order] = np.roll(order, 1)
+        wrong = dealt_out(len(ids), ctx.config["seed"], subject)
         frames.append(judge.score(combined[wrong], subject, ids, "reference", "shuffled"))
     return judge.write(index, frames)
+
+
+def dealt_out(n: int, seed: int, subject: int) -> np.ndarray:
+    """Return for each of n recordings another one's place, each place once: a random cycle has no fixed point."""
+    order = np.random.default_rng([seed, subject]).permutation(n)
+    wrong = np.empty(n, np.int64)
+    wrong[order] = np.roll(order, 1)
+    return wrong
