@@ -15,7 +15,7 @@ from benchmark.config import Variant, paper
 from benchmark.graph import Decision, Stage
 
 NSD_IMAGES, TRAINING_IMAGES, COCO_IMAGES = 73_000, 72_000, 123_403
-VOXELS, SUBJECTS, SHARED = 315_997, 8, 1000
+VOXELS, SUBJECTS, SHARED, SYNTHETIC = 315_997, 8, 1000, 284
 _RATE = 1e14  # operations a second that an H100 keeps up in TF32 and half precision, about a quarter of its best
 _GB = 1e9
 
@@ -132,7 +132,8 @@ def _joint(variant: Variant) -> Estimate:
 
 
 def _reconstruct(variant: Variant) -> Estimate:
-    images = len(variant.generation.subjects) * (variant.generation.test_images or SHARED)
+    count = SYNTHETIC if variant.generation.test_set == "nsd-synthetic" else SHARED
+    images = len(variant.generation.subjects) * (variant.generation.test_images or count)
     dip = variant.dip.steps * 3 * (_DIP_NET + _VGG_112)
     whole, rest = variant.generation.steps, variant.generation.steps - variant.generation.start_step
     sampling = 2 * (whole + rest) * _UNET_256 + 3 * _VAE_256
@@ -159,6 +160,7 @@ _MAKERS = {
     "semantic": _bit("semantic", 8),
     "joint": _joint,
     "reconstruct": _reconstruct,
+    "reconstruct-synthetic": _reconstruct,
     "score": _score,
     "references": _score,
 }
