@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from leaderboard.orderings import Ordering, orderings
     from leaderboard.publish import build
+    from leaderboard.published import PublishedRow, published
     from leaderboard.ranking import Ranking, rank
     from leaderboard.schema import Cost, Interval, Manifest, Row, read_leaderboard, read_rows, write_row
     from leaderboard.site import Axis, Gallery
@@ -22,12 +24,16 @@ _HOMES = {
     "Gallery": "site",
     "Interval": "schema",
     "Manifest": "schema",
+    "Ordering": "orderings",
+    "PublishedRow": "published",
     "Ranking": "ranking",
     "Row": "schema",
     "build": "publish",
     "compare": "statistics",
     "markdown": "table",
+    "orderings": "orderings",
     "print_table": "table",
+    "published": "published",
     "rank": "ranking",
     "read_leaderboard": "schema",
     "read_rows": "schema",
@@ -41,12 +47,16 @@ __all__ = [
     "Gallery",
     "Interval",
     "Manifest",
+    "Ordering",
+    "PublishedRow",
     "Ranking",
     "Row",
     "build",
     "compare",
     "markdown",
+    "orderings",
     "print_table",
+    "published",
     "rank",
     "read_leaderboard",
     "read_rows",

@@ -1,0 +1,169 @@
+"""Does an ordering that a paper printed hold here? Our paired differences beside the paper's, metric by metric.
+
+A published table says which of two variants is better on a metric. Whether the same is true of our scores is asked of
+the very images: the paired difference, its interval and its permutation test (:mod:`leaderboard.statistics`), and,
+where there are several seeds, whether each of them agrees. Only the direction is compared, never the size: this is
+what may be said across tracks, where the numbers themselves compare with nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from leaderboard.published import PublishedRow
+from leaderboard.statistics import Key, compare
+from metrics.cards import CARDS
+
+ALPHA = 0.05
+_ROUNDING = 1e-9  # published figures are decimals: a difference below this is none
+
+Verdict = Literal["holds", "reversed", "cannot be told", "printed equal"]
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """One variant against the reference variant on one metric.
+
+    Attributes:
+        variant, reference: names of our rows.
+        metric: its key.
+        printed: the published difference, variant minus reference.
+        difference, ci_low, ci_high, p, q: ours, as of :class:`leaderboard.statistics.Comparison`; q over all metrics
+            and variants that were asked together.
+        seeds: how many seeds there are.
+        seeds_agreeing: of how many the mean difference has the sign of the whole.
+        verdict: "holds" or "reversed" where ours is told from zero: its interval leaves zero out, q is below .05, and
+            no seed has the other sign; "printed equal" where the paper's figures are the same.
+    """
+
+    variant: str
+    reference: str
+    metric: str
+    printed: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    p: float
+    q: float
+    seeds: int
+    seeds_agreeing: int
+    verdict: Verdict
+
+    @property
+    def printed_better(self) -> bool:
+        """Whether the paper has the variant above the reference."""
+        return self.printed > 0 if CARDS[self.metric].direction == "higher" else self.printed < 0
+
+
+def orderings(
+    per_image: pa.Table,
+    rows: Mapping[Key, PublishedRow],
+    reference: tuple[Key, PublishedRow],
+    *,
+    n_resamples: int = 2000,
+    n_permutations: int = 9999,
+    seed: int = 0,
+) -> list[Ordering]:
+    """Return how each row stands to the reference here, beside how the paper has it.
+
+    Args:
+        per_image: scores of all rows named, as of :func:`leaderboard.statistics.scores`; one track, any seeds.
+        rows: our row -> the published row that it answers to.
+        reference: our reference row and its published one.
+        n_resamples, n_permutations, seed: of the interval and the test.
+
+    Returns:
+        One entry for each row and each metric that both published rows print and both of ours have.
+
+    Raises:
+        ValueError: a row is absent, or scored on other images than the reference.
+    """
+    own, own_printed = reference
+    by_seed = {
+        s: per_image.filter(pc.equal(per_image["seed"], s)) for s in sorted(pc.unique(per_image["seed"]).to_pylist())
+    }
+    found: list[tuple[Key, str, Any, list[float]]] = []
+    for key, row in rows.items():
+        metrics = [
+            m for m in CARDS if m in row.metrics and m in own_printed.metrics and _have(per_image, (key, own), m)
+        ]
+        if not metrics:
+            continue
+        options: dict[str, Any] = {"metrics": metrics, "n_permutations": n_permutations, "seed": seed}
+        whole = compare(per_image, key, own, n_resamples=n_resamples, **options)
+        single = [
+            compare(table, key, own, metrics=metrics, n_resamples=2, n_permutations=1)
+            for table in by_seed.values()
+            if len(by_seed) > 1 and all(_have(table, (key, own), m) for m in metrics)
+        ]
+        found += [(key, m, whole[m], [one[m].difference for one in single]) for m in metrics]
+    q = _adjusted([comparison.p for _, _, comparison, _ in found])
+    result = []
+    for (key, metric, ours, each), adjusted in zip(found, q, strict=True):
+        printed = rows[key].metrics[metric] - own_printed.metrics[metric]
+        agreeing = sum(np.sign(value) == np.sign(ours.difference) for value in each)
+        told = adjusted < ALPHA and (ours.ci_low > 0 or ours.ci_high < 0) and agreeing == len(each)
+        verdict: Verdict
+        if abs(printed) < _ROUNDING:
+            verdict = "printed equal"
+        elif not told:
+            verdict = "cannot be told"
+        else:
+            verdict = "holds" if (ours.difference > 0) == (printed > 0) else "reversed"
+        result.append(
+            Ordering(
+                variant=key[1],
+                reference=own[1],
+                metric=metric,
+                printed=printed,
+                difference=ours.difference,
+                ci_low=ours.ci_low,
+                ci_high=ours.ci_high,
+                p=ours.p,
+                q=float(adjusted),
+                seeds=max(1, len(each)),
+                seeds_agreeing=int(agreeing) if each else 1,
+                verdict=verdict,
+            )
+        )
+    return result
+
+
+def orderings_markdown(found: Sequence[Ordering]) -> str:
+    """Return the verdicts as a Markdown table, a row a variant, a column a metric."""
+    metrics = [m for m in CARDS if any(o.metric == m for o in found)]
+    lines = ["| against " + (found[0].reference if found else "") + " | " + " | ".join(metrics) + " |"]
+    lines.append("|---|" + "---|" * len(metrics))
+    for variant in dict.fromkeys(o.variant for o in found):
+        own = {o.metric: o for o in found if o.variant == variant}
+        lines.append(f"| {variant} | " + " | ".join(_cell(own.get(m)) for m in metrics) + " |")
+    return "\n".join(lines)
+
+
+def _cell(ordering: Ordering | None) -> str:
+    if ordering is None:
+        return ""
+    if ordering.verdict == "printed equal":
+        return "printed equal"
+    direction = "better" if ordering.printed_better else "worse"
+    return f"{direction}: {ordering.verdict}"
+
+
+def _have(table: pa.Table, keys: tuple[Key, Key], metric: str) -> bool:
+    def present(key: Key) -> bool:
+        same = pc.and_(pc.equal(table["method"], key[0]), pc.equal(table["variant"], key[1]))
+        return bool(pc.any(pc.and_(same, pc.equal(table["metric"], metric))).as_py())
+
+    return all(present(key) for key in keys)
+
+
+def _adjusted(p: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    from scipy.stats import false_discovery_control
+
+    return np.asarray(false_discovery_control(p) if len(p) else [], dtype=np.float64)

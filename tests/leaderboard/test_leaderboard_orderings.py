@@ -1,0 +1,82 @@
+"""What a paper ordered, asked of our own images: made-up scores whose truth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from leaderboard.orderings import orderings, orderings_markdown
+from leaderboard.published import PublishedRow, published
+
+MAIN = ("Brain-IT", "clusters=128")
+
+
+def table(shifts: dict[str, list[float]], images: int = 60, noise: float = 0.05) -> pa.Table:
+    """PixCorr and Eff of variants, ``shifts`` apart from a common base; one shift a seed."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.2, 0.6, (2, images))
+    rows = []
+    for variant, by_seed in shifts.items():
+        for seed, shift in enumerate(by_seed):
+            values = base + shift + noise * rng.standard_normal(base.shape)
+            for subject in range(2):
+                for image in range(images):
+                    value = float(values[subject, image])
+                    head = ("demo", "Brain-IT", variant, subject + 1, seed, str(image))
+                    rows += [(*head, metric, value) for metric in ("PixCorr", "Eff")]
+    names = ("track", "method", "variant", "subject", "seed", "image_id", "metric", "value")
+    return pa.table({name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)})
+
+
+def printed(pixcorr: float, eff: float) -> PublishedRow:
+    return published()["brainit_40h"].model_copy(update={"metrics": {"PixCorr": pixcorr, "Eff": eff, "SSIM": 0.5}})
+
+
+def verdicts(shifts: dict[str, list[float]], row: PublishedRow) -> dict[str, str]:
+    key = ("Brain-IT", "clusters=8")
+    found = orderings(table(shifts), {key: row}, (MAIN, printed(0.4, 0.6)))
+    return {one.metric: one.verdict for one in found}
+
+
+def test_lower_in_both_holds_and_higher_where_the_paper_has_lower_is_reversed() -> None:
+    shifts = {"clusters=128": [0.0], "clusters=8": [-0.1]}
+    assert verdicts(shifts, printed(0.3, 0.7)) == {"PixCorr": "holds", "Eff": "reversed"}
+
+
+def test_noise_cannot_be_told_and_equal_print_is_no_ordering() -> None:
+    shifts = {"clusters=128": [0.0], "clusters=8": [0.0]}
+    assert verdicts(shifts, printed(0.3, 0.6)) == {"PixCorr": "cannot be told", "Eff": "printed equal"}
+
+
+def test_one_seed_that_disagrees_keeps_a_verdict_back() -> None:
+    shifts = {"clusters=128": [0.0, 0.0, 0.0], "clusters=8": [-0.3, -0.3, 0.1]}
+    assert verdicts(shifts, printed(0.3, 0.5))["PixCorr"] == "cannot be told"
+    shifts["clusters=8"] = [-0.3, -0.3, -0.1]
+    assert verdicts(shifts, printed(0.3, 0.5))["PixCorr"] == "holds"
+
+
+def test_a_metric_that_one_side_lacks_is_not_asked() -> None:
+    row = published()["brainit_40h"].model_copy(update={"metrics": {"SSIM": 0.4, "PixCorr": 0.3}})
+    assert set(verdicts({"clusters=128": [0.0], "clusters=8": [0.0]}, row)) == {"PixCorr"}
+
+
+def test_rows_scored_on_other_images_are_refused() -> None:
+    whole = table({"clusters=128": [0.0], "clusters=8": [0.0]})
+    images = whole["image_id"].to_pylist()
+    variants = whole["variant"].to_pylist()
+    keep = [not (v == "clusters=8" and i == "7") for v, i in zip(variants, images, strict=True)]
+    with pytest.raises(ValueError, match="not the same subjects and images"):
+        orderings(
+            whole.filter(pa.array(keep)), {("Brain-IT", "clusters=8"): printed(0.3, 0.6)}, (MAIN, printed(0.4, 0.6))
+        )
+
+
+def test_the_markdown_table_has_a_row_a_variant_and_says_what_the_paper_says() -> None:
+    key = ("Brain-IT", "clusters=8")
+    found = orderings(
+        table({"clusters=128": [0.0], "clusters=8": [-0.1]}), {key: printed(0.3, 0.6)}, (MAIN, printed(0.4, 0.6))
+    )
+    lines = orderings_markdown(found).splitlines()
+    assert lines[0] == "| against clusters=128 | PixCorr | Eff |"
+    assert lines[2] == "| clusters=8 | worse: holds | printed equal |"
