@@ -9,11 +9,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two workers of one thread each are faster than two that fight for the same cores.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo quick lint format test test-slow lock clean
+.PHONY: help install demo quick lint format test test-slow test-slurm lock clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +40,11 @@ test: install lint  ## lint, then all tests but the slow ones
 	$(PYTEST) --durations=15 $(ARGS)
 
 test-slow: install  ## the slow tests
-	$(PYTEST) --durations=15 -m slow $(ARGS)
+	$(PYTEST) --durations=15 -m 'slow and not slurm' $(ARGS)
+
+test-slurm: install  ## tests on a real Slurm (Debian, root; installs its packages); the slow ones too: ARGS="-m slurm"
+	@$(BIN)/python tests/slurm/cluster.py install
+	$(ONE_THREAD) $(BIN)/python -m pytest -m 'slurm and not slow' tests/slurm --durations=15 $(ARGS)
 
 lock:  ## resolve pyproject.toml into requirements.lock (needs uv); upgrade with ARGS=--upgrade
 	@command -v $(UV) >/dev/null || { echo "error: make lock needs uv (pip install uv, or make lock UV=/path/to/uv)" >&2; exit 1; }
