@@ -17,7 +17,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import yaml
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -27,12 +26,13 @@ from benchmark.data.scenes import render_scenes
 from benchmark.demo_generator.train import RESERVED_SEED
 from benchmark.errors import UserError
 from benchmark.progress import Progress
+from benchmark.results import Result
 from benchmark.stages import METHOD, image_name, seen_name
 from benchmark.stages.features import as_bytes, as_pixels
 from benchmark.stages.prepare import TREE
 from benchmark.stages.reconstruct import KINDS, image_seed, read_images
 from benchmark.stages.targets import BATCH
-from benchmark.store import CONFIG, DONE, read_json, write_json
+from benchmark.store import read_json, write_json
 from leaderboard import Interval, compare, read_leaderboard, summarise
 from leaderboard.statistics import bootstrap_interval
 from methods.brain_it.generate import GenerationSettings, Generator, semantic_images
@@ -194,38 +194,14 @@ def _print_rows(title: str, rows: Mapping[str, Row]) -> None:
 
 
 @dataclass(frozen=True)
-class _Result:
-    """A finished stage as it lies in the store."""
-
-    folder: Path
-    record: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, folder: Path) -> _Result:
-        if not (folder / DONE).is_file():
-            raise UserError(f"{folder}: is no finished result; type the command that made the run again: make demo")
-        return cls(folder, yaml.safe_load((folder / CONFIG).read_text()))
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        config: Mapping[str, Any] = self.record["config"]
-        return config
-
-    def upstream(self, role: str) -> _Result | None:
-        """Return the stage that this one read as ``role``; None where it read none."""
-        key = self.record["upstream"].get(role)
-        return None if key is None else _Result.read(self.folder.parents[1] / key)
-
-
-@dataclass(frozen=True)
 class FinishedVariant:
     """One variant of a finished sweep: the results that its row of the leaderboard names, and the references."""
 
     name: str
-    score: _Result
-    references: _Result
-    reconstruct: _Result
-    targets: _Result
+    score: Result
+    references: Result
+    reconstruct: Result
+    targets: Result
     places: Mapping[int, str] | None  # of each NSD id; None where the images were not drawn by the simulation
 
     @classmethod
@@ -247,7 +223,7 @@ class FinishedVariant:
         if name not in rows:
             have = ", ".join(row.variant for row in rows.values() if row.kind == "method")
             raise UserError(f"{runs}: has no variant {name}; it has {have}")
-        score, references = (_Result.read(runs / rows[row].source) for row in (name, "mean image"))
+        score, references = (Result.read(runs / rows[row].source) for row in (name, "mean image"))
         reconstruct = score.upstream("reconstruct")
         assert reconstruct is not None
         targets, data = reconstruct.upstream("targets"), reconstruct.upstream("data")
