@@ -17,7 +17,8 @@ from benchmark.graph import Stage
 from benchmark.stages import METHOD, VariantStages, image_name, seen_name
 from benchmark.store import MANIFEST, Store, read_json
 from benchmark.sweeps import Sweep
-from leaderboard import Axis, Cost, Gallery, Manifest, Ranking, Row, build, compare, summarise, write_row
+from leaderboard import Axis, Cost, Gallery, Manifest, Ranking, Row, build, compare, summarise
+from leaderboard.results import RESULTS, write_result
 from metrics.protocols import PROTOCOLS, Protocol
 
 GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
@@ -118,9 +119,9 @@ def write_report(
         )
     )
     folder = out / "leaderboard"
+    scored = set(intervals)
     for row in rows:
-        if row.kind == "method":
-            write_row(folder / "results", row)
+        write_result(folder / RESULTS, row, per_image if row.key in scored else None)
     notes = {key: protocol.describe(key) for key in protocol.slots}
     galleries = [g for name, own in stages.items() for g in _galleries(store, own, name)]
     axis = Axis(

@@ -103,11 +103,11 @@ class Row(_Record):
         return self.method, self.variant
 
 
-def _file_name(row: Row) -> str:
-    """Readable, safe on every file system, and different for different rows."""
+def row_id(row: Row) -> str:
+    """Return the row's id: readable, safe on every file system, and different for different rows."""
     identity = json.dumps([row.track, row.method, row.variant, row.protocol_hash, row.seeds])
     slug = re.sub(r"[^a-z0-9]+", "-", f"{row.track} {row.method} {row.variant}".lower()).strip("-")[:80]
-    return f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
+    return f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -132,7 +132,7 @@ def _as_json(data: object) -> bytes:
 
 def write_row(folder: Path, row: Row) -> Path:
     """Write a row to its file in ``folder`` (``results/*.json``), replacing an older one of the same identity."""
-    path = folder / _file_name(row)
+    path = folder / f"{row_id(row)}.json"
     write_atomically(path, _as_json(row.model_dump(mode="json")))
     return path
 

@@ -14,7 +14,8 @@ import pytest
 from benchmark.report import Report, write_report
 from benchmark.sweeps import load_sweep
 from benchmark.weights import generator_digest, weights_digest
-from leaderboard import Row, read_rows
+from leaderboard import Row, read_rows, summarise
+from leaderboard.results import read_results
 from leaderboard.schema import read_leaderboard
 from metrics.cards import CARDS
 from metrics.protocols import PROTOCOLS
@@ -115,10 +116,18 @@ def test_the_manifest_says_what_the_row_was_made_from(tiny_run: Any, rows: dict[
     assert rows[name].source == f"store/{stages.score.key}" and (tiny_run.out / rows[name].source).is_dir()
 
 
-def test_results_are_kept_a_file_a_row(tiny_run: Any, rows: dict[str, Row]) -> None:
-    kept = read_rows(tiny_run.out / "leaderboard" / "results")
-    assert sorted(row.variant for row in kept) == sorted(NAMES)
-    assert all(row == rows[row.variant] for row in kept)
+def test_results_are_kept_a_file_a_row_with_the_scores_it_was_made_from(tiny_run: Any, rows: dict[str, Row]) -> None:
+    kept = read_results(tiny_run.out)
+    assert sorted(result.row.variant for result in kept) == sorted(rows)
+    for result in kept:
+        assert result.row == rows[result.row.variant]
+        scores = result.per_image()
+        if result.row.variant == "chance":
+            assert scores is None
+            continue
+        assert scores is not None
+        means = summarise(scores)[result.row.key]
+        assert means == result.row.metrics
 
 
 def test_the_page_shows_seen_and_reconstructed_images(tiny_run: Any) -> None:
