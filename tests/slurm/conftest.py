@@ -1,0 +1,172 @@
+"""One cluster for all tests of this folder, and sweeps of small stages that are submitted to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for the tests, and through the launcher for the jobs
+
+from cluster import Cluster, ClusterError, why_not  # noqa: E402
+
+import slurm_stages as toys  # noqa: E402
+from benchmark.execute import RunOptions  # noqa: E402
+from benchmark.graph import Plan, Stage  # noqa: E402
+from benchmark.launch.profile import Profile  # noqa: E402
+from benchmark.launch.slurm import Request, SlurmLauncher  # noqa: E402
+from benchmark.launch.submissions import Submission  # noqa: E402
+from benchmark.store import Store, read_json  # noqa: E402
+
+# The joint training on CPUs: two tasks, one on each node.
+PROFILE: dict[str, Any] = {
+    "device": "cpu",
+    "signal_seconds": 10,
+    "stages": {"joint": {"tasks": 2, "nodes": 2}},
+}
+OPTIONS = RunOptions(progress=False, tracker="jsonl", checkpoint_seconds=0.3)
+
+
+class Sweep:
+    """A plan, a store and a cluster; what a person who types the sweep's command has."""
+
+    def __init__(self, cluster: Cluster, out: Path, targets: Iterable[Stage], **profile: Any) -> None:
+        self.cluster = cluster
+        self.store = Store(out / "store")
+        self.plan = Plan.of(targets)
+        self.profile = Profile.model_validate({**PROFILE, **profile})
+        self.submissions: list[Submission] = []
+
+    def submit(self, mode: str = "cached", parallel: int | None = None, name: str = "toys") -> Submission:
+        """Type the sweep's command."""
+        request = Request(name, "python -m toys", self.store.root.parent, {})
+        record = SlurmLauncher(self.profile, parallel, threads=1).submit(self.plan, mode, self.store, OPTIONS, request)
+        self.submissions.append(record)
+        return record
+
+    def stage(self, name: str, label: str = "") -> Stage:
+        """A stage of the plan."""
+        (found,) = [one for one in self.plan.stages if one.name == name and label in one.label]
+        return found
+
+    def job(self, stage: Stage) -> str:
+        """The id of the job that the newest submission has for a stage."""
+        (found,) = [one.job for one in self.submissions[-1].stages if one.fingerprint == stage.fingerprint]
+        return found
+
+    def log(self, stage: Stage) -> str:
+        """What the newest job of a stage printed as errors."""
+        (found,) = [one.stderr for one in self.submissions[-1].stages if one.fingerprint == stage.fingerprint]
+        return Path(found).read_text() if found and Path(found).exists() else ""
+
+    def runs(self) -> list[str]:
+        """The key of every stage, for each time that it started to compute."""
+        log = self.store.root / toys.LOG
+        return log.read_text().splitlines() if log.exists() else []
+
+    def states(self) -> dict[str, str]:
+        """Title -> what the store says."""
+        return {stage.title: self.store.state(stage).kind for stage in self.plan.stages}
+
+    def done(self) -> bool:
+        """Whether every stage has its result."""
+        return set(self.states().values()) == {"done"}
+
+    def until(self, condition: Callable[[], object], seconds: float = 60) -> None:
+        """Wait for something that the jobs do."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                pytest.fail(f"not there after {seconds:g} s: {self.describe()}")
+            time.sleep(0.1)
+
+    def until_trains(self, stage: Stage, checkpoints: int = 1, seconds: float = 60) -> None:
+        """Wait until a training is under way and has written so many checkpoints."""
+        folder = self.store.folder(stage) / "checkpoints"
+
+        def serials() -> list[int]:
+            return [int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*")]
+
+        self.until(lambda: max(serials(), default=-1) + 1 >= checkpoints, seconds)
+
+    def finish(self, seconds: float = 120) -> None:
+        """Wait for the end of all jobs, then see that every stage has its result."""
+        self.cluster.wait_idle(seconds)
+        assert self.done(), self.describe()
+
+    def digests(self) -> dict[str, Any]:
+        """Key -> digest of every output, of the stages that are marked done; each is compared with its file.
+
+        ``manifest.json`` is left out: it says when and by which command.
+        """
+        found = {}
+        for stage in self.plan.stages:
+            marked = self.store.folder(stage) / "DONE"
+            if marked.exists():
+                outputs = read_json(marked)["outputs"]
+                assert self.store.verify(stage) == [], stage.title
+                found[stage.key] = {name: file["sha256"] for name, file in outputs.items() if name != "manifest.json"}
+        return found
+
+    def describe(self) -> str:
+        """States, jobs and the ends of the logs, for a test that fails."""
+        lines = [str(self.states()), str(self.cluster.jobs())]
+        for record in self.submissions:
+            for one in record.stages:
+                if one.stderr and not one.shared and Path(one.stderr).exists():
+                    lines += ["", f"{one.title} {one.job}", Path(one.stderr).read_text()[-1500:]]
+        lines.append(self.cluster.run("sacct", "-D", "-X", "-n", "-o", "jobid%15,jobname,state%20,exitcode,nodelist"))
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def _cluster() -> Iterator[Cluster]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with Cluster() as started:
+        before = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(started.environment(before))
+        try:
+            yield started
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@pytest.fixture
+def cluster(_cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster that is whole and has no job."""
+    _cluster.heal()
+    yield _cluster
+    _cluster.heal()
+
+
+@pytest.fixture
+def sweep(cluster: Cluster, tmp_path: Path) -> Callable[..., Sweep]:
+    """Make a sweep of these targets in an empty store, with these settings of the profile."""
+
+    def make(targets: Iterable[Stage], out: Path = tmp_path, **profile: Any) -> Sweep:
+        return Sweep(cluster, out, targets, **profile)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """Digests of all stages of four variants and of the chain, computed by jobs that nobody disturbed."""
+    _cluster.heal()
+    targets = [*toys.scores(2, sleep=0.1), toys.chain(sleep=0.1)]
+    one = Sweep(_cluster, tmp_path_factory.mktemp("undisturbed"), targets)
+    one.submit()
+    one.finish()
+    assert sorted(one.runs()) == sorted(stage.key for stage in one.plan.stages)
+    return one.digests()
