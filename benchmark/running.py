@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -15,8 +16,11 @@ from benchmark.cli import Parser
 
 if TYPE_CHECKING:
     from benchmark.config import Variant
-    from benchmark.graph import Decision
+    from benchmark.execute import RunOptions
+    from benchmark.graph import Decision, Plan
+    from benchmark.launch.slurm import SlurmLauncher
     from benchmark.stages import VariantStages
+    from benchmark.store import Store
     from benchmark.sweeps import Sweep
 
 
@@ -49,12 +53,26 @@ def add_arguments(p: Parser) -> None:
     p.add_argument("--dry-run", action="store_true", help="print what would run, and why; run nothing")
     p.add_argument(
         "--launcher",
-        choices=("inline", "local"),
+        choices=("inline", "local", "slurm"),
         default="inline",
-        help="in this process, or in processes of their own",
+        help="in this process, in processes of their own, or as jobs of a Slurm cluster (submits and returns)",
     )
-    p.add_argument("--parallel", type=int, default=1, metavar="N", help="stages at a time with --launcher local")
-    p.add_argument("--threads", type=int, metavar="N", help="threads a stage (default: all cores)")
+    p.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="stages at a time (local: 1), or of each job array (slurm: as many as the cluster gives)",
+    )
+    p.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="slurm: what this cluster wants to hear (default: ~/.config/brain-it-bench/slurm.yaml)",
+    )
+    p.add_argument("--wait", action="store_true", help="slurm: follow the jobs to their end, then report")
+    p.add_argument(
+        "--threads", type=int, metavar="N", help="threads a stage (default: all cores; slurm: those that it asks for)"
+    )
     p.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -86,8 +104,17 @@ def use_weights(folder: Path | None) -> None:
     os.environ[FOLDER_VARIABLE] = str(folder.resolve())
 
 
-def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
-    """Run what a sweep's variants still lack, and report; return the exit code."""
+def run_sweep(
+    sweep: Sweep, args: argparse.Namespace, only: Collection[str] | None = None, command: str | None = None
+) -> int:
+    """Run what a sweep's variants still lack, and report; return the exit code.
+
+    Args:
+        sweep: what to run.
+        args: the options (see :func:`add_arguments`).
+        only: with ``--launcher slurm``, fingerprints of the stages to submit, with what they still need.
+        command: what a person typed; this process's own command by default.
+    """
     from benchmark.devices import choose_device
     from benchmark.errors import UserError
     from benchmark.estimate import needed_disk, plan_lines
@@ -97,25 +124,24 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
     from benchmark.stages import variant_stages
     from benchmark.store import Store
 
+    slurm, parallel = args.launcher == "slurm", 1 if args.parallel is None else args.parallel
     started = time.monotonic()
     use_weights(args.weights)
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads {args.threads}: expected 1 or more")
-    if args.parallel != 1 and args.launcher != "local":
-        raise UserError(f"--parallel {args.parallel} needs --launcher local")
+    if args.parallel not in (None, 1) and args.launcher == "inline":
+        raise UserError(f"--parallel {args.parallel} needs --launcher local or slurm")
+    if not slurm and (args.wait or args.profile is not None):
+        raise UserError(f"{'--wait' if args.wait else f'--profile {args.profile}'} needs --launcher slurm")
     variants = resolve_variants(sweep, args)
-    launcher = make_launcher(args.launcher, args.parallel)
-    options_threads = args.threads or max(
-        1, len(os.sched_getaffinity(0)) // (args.parallel if args.launcher == "local" else 1)
-    )
+    launcher = make_launcher("inline" if slurm else args.launcher, parallel)
+    options_threads = args.threads or max(1, len(os.sched_getaffinity(0)) // parallel)
     problems = missing_networks(variants)
     try:
         digest = _check_data(args, variants)
     except UserError as error:
         problems.insert(0, f"data: {error}")
         digest = "missing"
-    if problems and not args.dry_run:
-        raise refusal(problems)
     absent = "missing" if problems else None
     stages = {name: variant_stages(variant, name, digest, absent=absent) for name, variant in variants.items()}
     main_name = sweep.variant(sweep.axis.main)
@@ -125,6 +151,15 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
     scored = stages[main_name].synthetic is None
     plan = Plan.of([*(own.end for own in stages.values()), *([stages[main_name].references] if scored else [])])
     decisions = plan.decide(store, args.mode)
+    cluster = None
+    if slurm:
+        try:
+            cluster = _slurm_launcher(args)
+            problems += cluster.problems([d.stage for d in decisions if d.action == "run"])
+        except UserError as error:
+            problems.append(f"slurm: {error}")
+    if problems and not args.dry_run:
+        raise refusal(problems)
     _say_what_runs(sweep, args, decisions, len(variants))
     if args.preset == "paper":
         owner = {
@@ -137,6 +172,8 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
             print("\n".join(plan_lines(decisions, variants, owner)))
     elif args.dry_run:
         _print_plan(decisions)
+    if args.dry_run and cluster is not None:
+        print("\n".join(cluster.plan_lines([d for d in decisions if d.action == "run"])))
     if problems:
         raise refusal(problems)
     if args.dry_run:
@@ -150,19 +187,25 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
     to_run = sum(decision.action == "run" for decision in decisions)
     if blocked and not to_run:
         print(f"nothing to run: {blocked[0].stage.title}: {blocked[0].reason}; leave out --mode {args.mode}")
+    code, outcomes = 0, []
     if to_run:
         options = RunOptions(
-            device=choose_device(args.device),
+            device="cpu" if slurm else choose_device(args.device),  # of a cluster's jobs: what each of them gets
             threads=options_threads,
             tracker=args.tracker,
             group=sweep.name,
             progress=not args.no_progress,
             data=str(args.data.resolve()) if args.data else "",
         )
-        outcomes = launcher.run(plan, decisions, store, options, show)
-        finished = {o.stage.fingerprint for o in outcomes if o.state in ("done", "cached")}
+        if cluster is not None:
+            code = _submit(cluster, plan, store, options, sweep, args, only, command or typed_command())
+            if not args.wait:
+                return code
+            finished = {stage.fingerprint for stage in plan.stages if store.is_done(stage)}
+        else:
+            outcomes = launcher.run(plan, decisions, store, options, show)
+            finished = {o.stage.fingerprint for o in outcomes if o.state in ("done", "cached")}
     else:
-        outcomes = []
         finished = {decision.stage.fingerprint for decision in decisions if decision.action == "cached"}
     complete = {name: own for name, own in stages.items() if own.end.fingerprint in finished}
     if not scored:
@@ -171,7 +214,74 @@ def run_sweep(sweep: Sweep, args: argparse.Namespace) -> int:
     elif main_name in complete and stages[main_name].references.fingerprint in finished:
         _report(args, store, sweep, variants, complete, main_name, time.monotonic() - started)
     raise_failures(outcomes)
+    return code
+
+
+def _slurm_launcher(args: argparse.Namespace) -> SlurmLauncher:
+    from benchmark.errors import UserError
+    from benchmark.launch.profile import profile_path, read_profile
+    from benchmark.launch.slurm import SlurmLauncher
+
+    if args.parallel is not None and args.parallel < 1:
+        raise UserError(f"parallel is {args.parallel}, expected 1 or more")
+    path = profile_path(args.profile)
+    return SlurmLauncher(read_profile(path), args.parallel, args.device, args.threads, source=path)
+
+
+def _submit(
+    launcher: SlurmLauncher,
+    plan: Plan,
+    store: Store,
+    options: RunOptions,
+    sweep: Sweep,
+    args: argparse.Namespace,
+    only: Collection[str] | None,
+    command: str,
+) -> int:
+    """Submit a sweep's stages and say what was done and what to type next; with ``--wait`` follow them, too."""
+    from benchmark.launch.slurm import Request, summary_lines
+
+    request = Request(sweep.name, command, args.out, save_arguments(args), only)
+    record, count = launcher.submit(plan, args.mode, store, options, request, lambda line: print(line, file=sys.stderr))
+    print("\n".join(summary_lines(record, count)), flush=True)
+    if args.wait:
+        from benchmark.launch.control import follow
+
+        return follow(store, record)
+    where = "" if args.out == Path("runs") else f" --out {shlex.quote(str(args.out))}"
+    print(
+        f"next: python -m benchmark.sweep status {sweep.name}{where}\n"
+        f"      (or logs, cancel, retry; once all is done, the same command again prints the results)",
+        flush=True,
+    )
     return 0
+
+
+def typed_command() -> str:
+    """Return this process's command as a person would type it."""
+    program, *arguments = sys.argv
+    path = Path(program)
+    if path.suffix == ".py" and path.parent.name == "benchmark":
+        return shlex.join(["python", "-m", f"benchmark.{path.stem}", *arguments])
+    return shlex.join(sys.argv)
+
+
+def save_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as JSON-able data that means the same in another folder."""
+    kept = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {name: value for name, value in kept.items() if isinstance(value, str | int | float | list | None)}
+
+
+def restore_arguments(saved: Mapping[str, Any]) -> argparse.Namespace:
+    """Return the options that :func:`save_arguments` kept, and those that it did not know at their defaults."""
+    p = Parser()
+    add_arguments(p)
+    defaults = vars(p.parse_args([]))
+    args = argparse.Namespace(**{**defaults, **saved})
+    for name in ("out", "data", "weights", "profile"):
+        value = getattr(args, name)
+        setattr(args, name, None if value is None else Path(value))
+    return args
 
 
 def missing_networks(variants: Mapping[str, Variant]) -> list[str]:

@@ -17,9 +17,10 @@ from submitit.core.utils import environment_variables
 from submitit.local.local import LocalJob
 
 from benchmark.errors import RunError, UserError
-from benchmark.execute import Outcome, RunOptions, execute, exit_on_sigterm
+from benchmark.execute import Outcome, RunOptions, exit_on_sigterm
 from benchmark.graph import Decision, Plan, Stage
 from benchmark.launch import Event, OnEvent, positions, settle
+from benchmark.launch.job import perform
 from benchmark.store import Store
 
 _POLL_S = 0.1
@@ -43,18 +44,11 @@ def run_stage(spec: Mapping[str, Any]) -> dict[str, Any]:
     os.environ["CUDA_VISIBLE_DEVICES"] = spec["gpu"]  # read when torch first asks for a GPU
     stage = Stage.from_dict(spec["stage"])
     try:
-        options, store = RunOptions(**spec["options"]), Store(spec["root"])
-        if options.processes > 1:
-            from benchmark.launch.together import execute_together
-
-            found = execute_together(stage, store, options)
-            if found is None:
-                return {}
-            outcome = found
-        else:
-            outcome = execute(stage, store, options)
+        outcome = perform(stage, Store(spec["root"]), RunOptions(**spec["options"]))
     except (RunError, UserError) as error:
         return {"state": "failed", "error": str(error), "user_error": isinstance(error, UserError)}
+    if outcome is None:  # not the first of several processes
+        return {}
     return {"state": outcome.state, "seconds": outcome.seconds, "summary": dict(outcome.summary), "user_error": False}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -84,13 +84,15 @@ def logs(store: Store, identifier: str) -> Path:
 
 
 @contextmanager
-def submit_lock(store: Store) -> Iterator[None]:
+def submit_lock(store: Store, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the store's submissions: from looking what is in the queue to having recorded what was added.
+
+    ``on_wait`` is told once who holds them.
 
     Raises:
         UserError: the store cannot be written to, or its file system has no locks.
     """
-    with store.hold(store.root / ".jobs" / "submit.lock"):
+    with store.hold(store.root / ".jobs" / "submit.lock", on_wait):
         yield
 
 
