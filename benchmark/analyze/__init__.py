@@ -1,0 +1,1 @@
+"""What a trained model has learned, looked at after the fact: ``python -m benchmark.analyze``."""
