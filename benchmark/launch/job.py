@@ -21,11 +21,12 @@ from benchmark.errors import RunError, UserError
 from benchmark.execute import Outcome, RunOptions, execute
 from benchmark.graph import Stage
 from benchmark.manifest import git_state
-from benchmark.store import Store
+from benchmark.store import CHECKPOINTS, Store
 
 PACKAGES = ("benchmark", "leaderboard", "methods", "metrics")
 _LINGER_S = 600.0
 _LOOK_S = 2.0
+_STARTED, _STARTED_AT = time.monotonic(), time.time()  # a job imports this first thing
 
 
 @lru_cache(maxsize=1)
@@ -71,12 +72,14 @@ class StageJob:
         root: folder of the store.
         options: fields of :class:`benchmark.execute.RunOptions`.
         revision: :func:`code_revision` at submission.
+        limit: seconds until the job is told that its time is up; 0 for no limit.
     """
 
     stage: Mapping[str, Any]
     root: str
     options: Mapping[str, Any]
     revision: str
+    limit: float = 0
 
     def __call__(self) -> None:
         """Run the stage.
@@ -105,10 +108,21 @@ class StageJob:
 
         submitit calls this on its signal, asks Slurm to start the job again, and ends this process as Ctrl-C would: the
         stage keeps its checkpoints, a training has just written one.
+
+        Raises:
+            UserError: the time is up, and this run has written no checkpoint: the next one would come no further.
         """
         from submitit.helpers import DelayedSubmission
 
         _clear_leftovers()
+        # Slurm may tell a minute early.
+        if self.limit and time.monotonic() - _STARTED >= max(self.limit - 90, self.limit / 2):
+            stage = Stage.from_dict(self.stage)
+            if not _saved_since(Store(self.root).folder(stage), _STARTED_AT):
+                raise UserError(
+                    f"stage {stage.title} reached its time limit without a checkpoint and would do so again; "
+                    f"say more hours in the profile, and type again: {self.options.get('command')}"
+                )
         return DelayedSubmission(self)
 
     def _refuse(self, stage: Stage, store: Store, options: RunOptions) -> None:
@@ -129,10 +143,19 @@ class StageJob:
         def refuse(folder: Path) -> NoReturn:
             raise UserError(message)
 
-        # One process, whatever was planned, and no tracking: it only writes down that it failed.
-        outcome = execute(stage, store, replace(options, processes=1, tracker="none"), ready=refuse)
+        # One process, whatever was planned, no tracking, and none of the stage's own code, which was not meant: this
+        # only writes down that it failed.
+        unlike = replace(stage, run=f"{__name__}:code_revision")
+        outcome = execute(unlike, store, replace(options, processes=1, tracker="none"), ready=refuse)
         if outcome.state == "cached":
             raise SystemExit(0)
+
+
+def _saved_since(folder: Path, moment: float) -> bool:
+    """Whether a checkpoint of the stage was written since then (a minute more for clocks that differ)."""
+    places = (folder / CHECKPOINTS, folder.with_name(folder.name + ".forced") / CHECKPOINTS)
+    written = (path.stat().st_mtime for place in places for path in place.rglob("*") if path.is_file())
+    return any(when > moment - 60 for when in written)
 
 
 def _clear_leftovers() -> None:

@@ -207,6 +207,7 @@ class SlurmLauncher:
                     str(store.root.absolute()),
                     asdict(replace(own, force=decision.force)),
                     revision,
+                    60 * wanted.minutes - wanted.signal_seconds,
                 )
                 for decision in (by_fingerprint[member] for member in array.members)
             ]
@@ -503,7 +504,8 @@ def _import_path() -> list[str]:
     """Folders that this process imports from, but for those of Python itself and its installed packages."""
     own = {Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)}
     found = dict.fromkeys(os.path.abspath(path) for path in [str(Path(__file__).parents[2]), *sys.path])
-    return [path for path in found if not any(Path(path).resolve().is_relative_to(prefix) for prefix in own)]
+    outside = [path for path in found if not any(Path(path).resolve().is_relative_to(prefix) for prefix in own)]
+    return [path for path in outside if os.path.exists(path)]
 
 
 @contextlib.contextmanager
