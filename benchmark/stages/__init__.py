@@ -180,6 +180,7 @@ def variant_stages(
     clusters = Stage(
         name="clusters",
         run="benchmark.stages.encoder:run_clusters",
+        code_version=2 if variant.clustering.covariance == "full" else 1,  # whose fit is no longer scikit-learn's
         label=label,
         **_clustering(variant, encoder, {"data": prepare, **prepare_upstream}, digests),
     )

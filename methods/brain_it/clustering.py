@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
+
+from methods.brain_it.mixture import fit_full_mixture
 
 Covariance = Literal["full", "tied", "diag", "spherical"]
 FloatArray = NDArray[np.float32]
@@ -178,8 +181,8 @@ def gaussian_mixture(
 ) -> V2C:
     """Cluster voxels by a Gaussian mixture; each takes its likeliest component (Brain-IT, Sec. 3.1; official defaults).
 
-    scikit-learn's mixture in float32, one k-means initialisation. Give it `normalise`d embeddings: nothing is scaled
-    here.
+    scikit-learn's mixture in float32, one k-means initialisation; with full covariances by the same steps in another
+    order (:mod:`methods.brain_it.mixture`). Give it `normalise`d embeddings: nothing is scaled here.
 
     Args:
         embeddings: (N, D).
@@ -199,6 +202,41 @@ def gaussian_mixture(
     if subsample is not None and subsample < len(x):
         rows = np.random.default_rng(seed).choice(len(x), subsample, replace=False)
         fitted = _points("gaussian_mixture: subsample", x[np.sort(rows)], n_clusters)
+    try:
+        labels, means, log_likelihood, converged = _fit_mixture(
+            x, fitted, n_clusters, covariance, seed, max_iter, tolerance, regularisation
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"gaussian_mixture: cannot fit {n_clusters} clusters to {len(fitted)} voxels in {x.shape[1]} dimensions; "
+            f'use fewer clusters, covariance "diag" or more regularisation ({error})'
+        ) from error
+    return V2C(
+        labels,
+        n_clusters,
+        means=means.astype(np.float32),
+        method=f"gmm-{covariance}",
+        log_likelihood=log_likelihood,
+        converged=converged,
+    )
+
+
+def _fit_mixture(
+    x: FloatArray,
+    fitted: FloatArray,
+    n_clusters: int,
+    covariance: Covariance,
+    seed: int,
+    max_iter: int,
+    tolerance: float,
+    regularisation: float,
+) -> tuple[NDArray[Any], NDArray[Any], float, bool]:
+    """Return labels of ``x``, means, log-likelihood and whether the fit to ``fitted`` converged."""
+    if covariance == "full":
+        full = fit_full_mixture(
+            fitted, n_clusters, seed=seed, max_iter=max_iter, tolerance=tolerance, regularisation=regularisation
+        )
+        return full.predict(torch.from_numpy(x)).numpy(), full.means.numpy(), full.log_likelihood, full.converged
     mixture = GaussianMixture(
         n_clusters,
         covariance_type=covariance,
@@ -207,25 +245,12 @@ def gaussian_mixture(
         max_iter=max_iter,
         random_state=seed,
     )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # reported as V2C.converged
-            mixture.fit(fitted)
-    except ValueError as error:
-        raise ValueError(
-            f"gaussian_mixture: cannot fit {n_clusters} clusters to {len(fitted)} voxels in {x.shape[1]} dimensions; "
-            f'use fewer clusters, covariance "diag" or more regularisation ({error})'
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported as V2C.converged
+        mixture.fit(fitted)
     block = max(1, _BLOCK_ELEMENTS // (n_clusters * x.shape[1]))
     labels = np.concatenate([mixture.predict(x[i : i + block]) for i in range(0, len(x), block)])
-    return V2C(
-        labels,
-        n_clusters,
-        means=mixture.means_.astype(np.float32),
-        method=f"gmm-{covariance}",
-        log_likelihood=float(mixture.lower_bound_),
-        converged=bool(mixture.converged_),
-    )
+    return labels, mixture.means_, float(mixture.lower_bound_), bool(mixture.converged_)
 
 
 def by_coordinates(
