@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from benchmark.graph import Stage
 from benchmark.store import Store
 
 _PATIENCE = timedelta(days=7)  # the first process may wait for a lock
+_MEETING = timedelta(minutes=10)  # until all of them are there
 
 
 def execute_together(stage: Stage, store: Store, options: RunOptions) -> Outcome | None:
@@ -67,18 +69,41 @@ def _group(options: RunOptions) -> Iterator[tuple[int, str]]:
     from submitit.helpers import TorchDistributedEnvironment
 
     place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    address = _address(place.master_addr)
+    os.environ["MASTER_ADDR"] = address
     import torch
 
     gpu = options.device.startswith("cuda")
     if gpu:
         torch.cuda.set_device(place.local_rank)
-    torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
+    try:
+        meeting = torch.distributed.TCPStore(
+            address, place.master_port, place.world_size, is_master=place.rank == 0, timeout=_MEETING
+        )
+    except RuntimeError as error:
+        raise RunError(
+            f"the {place.world_size} processes of this job cannot meet at {address}:{place.master_port}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo", store=meeting, rank=place.rank, world_size=place.world_size, timeout=_PATIENCE
+    )
     try:
         yield place.rank, f"cuda:{place.local_rank}" if gpu else options.device
     finally:
         torch.distributed.destroy_process_group()
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
+
+
+def _address(host: str) -> str:
+    """Where the first process is: its node by name, or by the address that Slurm knows where the name is no host's."""
+    try:
+        socket.gethostbyname(host)
+    except OSError:
+        # Slurm starts the tasks from the first node, where the batch script runs.
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
+    return host
 
 
 def _tell(folder: str | None) -> None:
