@@ -110,7 +110,7 @@ class Request(BaseModel):
     def _names(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
         for name in value:
             if not _VARIABLE.fullmatch(name):
-                raise ValueError(f"'{name}' is no name of a variable")
+                raise ValueError(f"{name!r} is no name of a variable")
         return value
 
     @field_validator("sbatch")
@@ -123,7 +123,7 @@ class Request(BaseModel):
                 own = _TAKEN[option] if _TAKEN[option] is not None else option
                 raise ValueError(f"'{name}' is set by {own or 'the launcher'}" + ("" if own else ", leave it out"))
             if not re.fullmatch(r"[a-z][a-z0-9-]*", option):
-                raise ValueError(f"'{name}' is no option of sbatch")
+                raise ValueError(f"{name!r} is no option of sbatch")
             if "\n" in str(one):
                 raise ValueError(f"'{name}': expected one line of text")
             clean[option] = one
@@ -240,7 +240,10 @@ def ask(profile: Profile, stage: Stage, device: str = "auto") -> Ask:
     own = profile.stages.get(stage.name, StageRequest())
     device = profile.device if device == "auto" else device
     wanted, together = stage.resources, stage.resources.gpus > 1
-    gpus = 0 if device == "cpu" else own.gpus if own.gpus is not None else wanted.gpus
+    share = _share(stage)
+    # Processes that train together take turns at a step's micro-batches: one GPU more than there are of these is idle.
+    useful = max(count for count in range(wanted.gpus + 1) if not count or not share or share % count == 0)
+    gpus = 0 if device == "cpu" else own.gpus if own.gpus is not None else useful
     layers: list[Request] = [own, *([] if gpus else [profile.cpu]), profile]
 
     def said(name: str, default: Any = None) -> Any:
@@ -256,6 +259,11 @@ def ask(profile: Profile, stage: Stage, device: str = "auto") -> Ask:
         raise wrong(f"gpus is {gpus}, but this stage uses one; leave it out")
     if gpus and tasks != gpus:
         raise wrong(f"tasks is {tasks} and gpus {gpus}, expected one task for each GPU; leave out tasks")
+    if share and share % tasks:
+        raise wrong(
+            f"{tasks} processes cannot share the {share} micro-batches of a step evenly; "
+            f"type --set {stage.name}.training.accumulate={tasks}, or use fewer"
+        )
     nodes = own.nodes or math.ceil(gpus / said("gpus_per_node", max(gpus, 1))) or 1
     if tasks % nodes:
         raise wrong(f"{tasks} tasks cannot be spread evenly over {nodes} nodes")
@@ -283,6 +291,12 @@ def ask(profile: Profile, stage: Stage, device: str = "auto") -> Ask:
         setup=said("setup", ()),
         environment=tuple((name, _text(value)) for name, value in sorted(environment.items())),
     )
+
+
+def _share(stage: Stage) -> int:
+    """How many micro-batches make up a step of the stage's training; 0 for a stage that trains nothing."""
+    training = stage.config.get("training")
+    return int(training.get("accumulate", 1)) if isinstance(training, Mapping) else 0
 
 
 def _text(value: str | int | float | bool) -> str:
