@@ -52,8 +52,9 @@ function drawCortex(canvas, view, token) {
   const {points, labels} = view;
   const radius = Math.max(1.2, 60 / Math.sqrt(labels.length));
   const quiet = dark.matches ? "#3a3f48" : "#d3d6da";
+  const accent = getComputedStyle(document.documentElement).getPropertyValue("--accent");
   for (const own of [false, true]) {
-    context.fillStyle = own ? grid().colours[token] : quiet;
+    context.fillStyle = own ? accent : quiet;
     for (let k = 0; k < labels.length; k++) {
       if ((labels[k] === token) !== own) continue;
       context.beginPath();
