@@ -49,6 +49,9 @@ class DataConfig(Settings):
     external_images: int | None = Field(
         None, ge=0, description="Use at most so many external images; None uses all (Sec. 3.1)."
     )
+    external_used: float = Field(
+        1.0, ge=0, le=1, description="Fraction of them that the BITs train on, drawn at random (Table T1 has 0 and 1)."
+    )
 
 
 class NetworksConfig(Settings):
@@ -128,6 +131,16 @@ class ClusteringConfig(Settings):
     max_iter: PositiveInt = Field(100, description="Of expectation maximisation (scikit-learn's default).")
 
 
+class MLPConfig(Settings):
+    """A multi-layer perceptron in a BIT's place: sizes and rate are MindEye's, all else is the branch's own."""
+
+    hidden: PositiveInt = Field(4096, description="Width of the space that all subjects share.")
+    blocks: PositiveInt = Field(4, description="Residual blocks.")
+    dropout: float = Field(0.15, ge=0, lt=1, description="After each activation.")
+    lr: PositiveFloat = Field(3e-4, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+
+
 class BranchConfig(Settings):
     """One Brain Interaction Transformer and its training (Sec. 4, App. D)."""
 
@@ -161,6 +174,7 @@ class BranchConfig(Settings):
         ),
         description="AdamW 5e-4, 60 epochs, 15 of them warm-up, then plateau on the validation loss.",
     )
+    mlp: MLPConfig = MLPConfig()
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -172,6 +186,11 @@ class BranchConfig(Settings):
 class LowLevelConfig(BranchConfig):
     """The low-level branch: multi-layer feature tokens, InfoNCE (Sec. 3.2, App. D.1)."""
 
+    predictor: Literal["bit", "mlp-infonce", "mlp-mse", "ridge", "oracle"] = Field(
+        "bit",
+        description="What predicts the tokens: a BIT; an MLP with either loss (Table T5); a ridge regression of each "
+        "subject; or nothing: the oracle knows the test images' own tokens.",
+    )
     width: PositiveInt = Field(512, description="Of a feature token; narrower ones are replicated.")
     input_size: PositiveInt = Field(112, description="Side of the images that the feature network sees.")
     layers: tuple[str, ...] = Field(("5", "12", "22", "32", "42"), description="Names of the tapped maps.")
@@ -188,6 +207,8 @@ class LowLevelConfig(BranchConfig):
         "places of the same picture, are told apart by place alone.",
     )
     scale: PositiveFloat = Field(1.0, description="Of the InfoNCE logits (official code: 1, no normalisation).")
+    # MindEye's width would take 15 billion weights in the last layer: VGG's maps make 7190 tokens of 512.
+    mlp: MLPConfig = MLPConfig(hidden=512)
 
     @model_validator(mode="after")
     def _one_of_each_a_layer(self) -> Self:
@@ -202,12 +223,16 @@ class LowLevelConfig(BranchConfig):
 class SemanticConfig(BranchConfig):
     """The semantic branch, stage 1: spatial tokens, mean squared error (Sec. 3.2)."""
 
+    predictor: Literal["bit", "mlp", "ridge", "oracle"] = Field(
+        "bit", description="What predicts the tokens, as in the low-level branch. Only a BIT is trained jointly."
+    )
     batch: PositiveInt = Field(128, description="Examples in a step.")
 
 
 class JointConfig(Settings):
     """The semantic branch, stage 2: BIT and the diffusion model together (Sec. 3.2)."""
 
+    enabled: bool = Field(True, description="Without, the tokens of stage 1 condition the generator as it was made.")
     batch: PositiveInt = Field(16, description="Examples in a micro-batch.")
     offset_noise: float = Field(
         0.04, ge=0, description="Deviation of the per-channel offset of the noise (official code)."
@@ -289,6 +314,7 @@ class RefinementConfig(Settings):
     start_step: int = Field(17, ge=0, description="Where the image enters: eight steps are left.")
     guidance: float = Field(5.0, ge=0, description="Scale of classifier-free guidance against the negative prompt.")
     batch: PositiveInt = Field(4, description="Images refined side by side; changes no result.")
+    also_semantic: bool = Field(False, description="Refine the images of the semantic branch alone, too.")
 
 
 class MemoryConfig(Settings):
@@ -305,6 +331,11 @@ class ScoreConfig(Settings):
     """How reconstructions are scored."""
 
     protocol: str = Field("brain-it", description="Name of the protocol (python -m metrics protocols).")
+    images: Literal["combined", "lowlevel", "semantic", "unrefined", "semantic-refined"] = Field(
+        "combined",
+        description="Which images stand for the variant: those of both branches (refined, where there is a refiner), "
+        "of one branch alone (Table T4), the combined ones before refinement, or the semantic ones after it.",
+    )
     random_weights: int | None = Field(
         None, ge=0, description="Draw the judges' weights from this seed: scores mean nothing then (smoke runs)."
     )
@@ -330,9 +361,26 @@ class Variant(Settings):
     score: ScoreConfig = ScoreConfig()
 
     @property
+    def trains_jointly(self) -> bool:
+        """Whether the denoiser is trained with what predicts its tokens."""
+        return self.joint.enabled and self.semantic.predictor == "bit"
+
+    @property
+    def lacks(self) -> str | None:
+        """A network that the variant cannot do without and does not name; None where it has all."""
+        refined = self.score.images in ("unrefined", "semantic-refined")
+        return "a refiner (networks.refiner)" if refined and self.networks.refiner is None else None
+
+    @property
     def needs_anatomy(self) -> bool:
         """Whether voxels are clustered by where they are."""
         return self.clustering.method != "functional"
+
+    @model_validator(mode="after")
+    def _scores_what_is_made(self) -> Self:
+        if self.score.images == "semantic-refined" and not self.refinement.also_semantic:
+            raise ValueError("score.images 'semantic-refined' needs refinement.also_semantic")
+        return self
 
     @model_validator(mode="after")
     def _statistics_need_stored_maps(self) -> Self:
@@ -404,7 +452,9 @@ def demo() -> Variant:
     Voxel embeddings start at the encoder's, so that what one subject teaches serves all from the first step, and have a
     rate of their own; every step sees all voxels. All values were chosen on validation images.
     """
+    mlp = MLPConfig(hidden=256, blocks=2, dropout=0.1, lr=3e-3)
     bit = {
+        "mlp": mlp,
         "depth": 1,
         "voxels_per_example": None,
         "batch": 32,

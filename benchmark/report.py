@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -55,9 +55,16 @@ def write_report(
     """
     about = read_json(store.folder(stages[main].score) / "protocol.json")
     protocol = PROTOCOLS[about["protocol"]]
-    tables = [_scores(store, s.score, {"combined": (METHOD, name)}) for name, s in stages.items()]
-    branch_names = {kind: (METHOD, f"{main}, {title}") for kind, title in BRANCHES.items()}
-    tables.append(_scores(store, stages[main].score, branch_names))
+    keys = {name: (_place(variants[name])[0], name) for name in stages}
+    tables = [_scores(store, s.score, {variants[name].score.images: keys[name]}) for name, s in stages.items()]
+    # Where a variant is a branch of the main one, it is that branch's row.
+    alone = {
+        variants[name].score.images: keys[name]
+        for name, own in stages.items()
+        if own.reconstruct.fingerprint == stages[main].reconstruct.fingerprint
+    }
+    branch_names = {kind: (keys[main][0], f"{main}, {title}") for kind, title in BRANCHES.items() if kind not in alone}
+    tables += [_scores(store, stages[main].score, branch_names)] if branch_names else []
     reference_names = {"mean image": ("reference", "mean image"), "shuffled": ("reference", "shuffled")}
     tables.append(_scores(store, stages[main].references, reference_names))
     per_image = pa.concat_tables(tables)
@@ -75,9 +82,10 @@ def write_report(
         folder = store.folder(own.score)
         rows.append(
             Row(
-                method=METHOD,
+                method=keys[name][0],
                 variant=name,
-                metrics=intervals[METHOD, name],
+                kind=_place(variants[name])[1],
+                metrics=intervals[keys[name]],
                 cost=_cost(store, own),
                 manifest=_manifest(store, own, variants[name]),
                 source=_relative(folder, out),
@@ -123,7 +131,10 @@ def write_report(
     for row in rows:
         write_result(folder / RESULTS, row, per_image if row.key in scored else None)
     notes = {key: protocol.describe(key) for key in protocol.slots}
-    galleries = [g for name, own in stages.items() for g in _galleries(store, own, name)]
+    first: dict[str, str] = {}  # whose images these are: the same images are shown once
+    for name, own in stages.items():
+        first.setdefault(own.reconstruct.fingerprint, name)
+    galleries = [g for name in first.values() for g in _galleries(store, stages[name], name)]
     axis = Axis(
         sweep.axis.name, {sweep.variant(v): float(v) for v in sweep.axis.values if _is_number(v)}, log=sweep.axis.log
     )
@@ -137,7 +148,16 @@ def write_report(
         title=sweep.title,
         about=sweep.question,
     )
-    return Report(ranking, notes, _sentences(per_image, branch_names["lowlevel"]), folder / "index.html")
+    sentences = _sentences(per_image, {**branch_names, **alone}["lowlevel"])
+    return Report(ranking, notes, sentences, folder / "index.html")
+
+
+def _place(variant: Variant) -> tuple[str, Literal["method", "reference"]]:
+    """Return what a variant's method is called, and whether it is ranked: what knows the test images is not."""
+    predictor = variant.semantic.predictor
+    if "oracle" in (predictor, variant.lowlevel.predictor):
+        return "reference", "reference"
+    return {"bit": METHOD, "mlp": "MLP", "ridge": "ridge"}[predictor], "method"
 
 
 def _sentences(per_image: pa.Table, lowlevel: tuple[str, str]) -> tuple[str, ...]:
@@ -177,9 +197,11 @@ def _cost(store: Store, stages: VariantStages) -> Cost:
         for s, stage in zip(statuses, stages.chain, strict=True)
         if s.get("device") != "cpu"
     )
+    parts = {"encoder", "lowlevel", "semantic" if stages.joint is None else "joint"}  # joint's are semantic's and more
     trained = [
-        store.status(stage).get("summary", {}).get("parameters", 0)
-        for stage in (stages.encoder, stages.lowlevel, stages.joint)
+        status.get("summary", {}).get("parameters", 0)
+        for status, stage in zip(statuses, stages.chain, strict=True)
+        if stage.name in parts
     ]
     return Cost(
         gpu_hours=on_gpu / 3600,

@@ -328,7 +328,31 @@ def refusal(problems: Sequence[str]) -> Exception:
 
 
 def resolve_variants(sweep: Sweep, args: argparse.Namespace) -> dict[str, Variant]:
-    """Return variant name -> resolved settings."""
+    """Return variant name -> resolved settings, of those that the preset has the networks for.
+
+    Raises:
+        UserError: a setting that the sweep varies itself, or that is none; or no variant can run.
+    """
+    from benchmark.errors import UserError
+
+    every = _every_variant(sweep, args)
+    can_run = {name: variant for name, variant in every.items() if variant.lacks is None}
+    if not can_run:
+        name, variant = next(iter(every.items()))
+        raise UserError(f"{name} needs {variant.lacks}; preset {args.preset} has none")
+    return can_run
+
+
+def left_out(sweep: Sweep, args: argparse.Namespace) -> list[str]:
+    """Return a line for each of a sweep's variants that does not run, with the reason."""
+    return [
+        f"{name} is left out: it needs {variant.lacks}, and preset {args.preset} has none"
+        for name, variant in _every_variant(sweep, args).items()
+        if variant.lacks is not None
+    ]
+
+
+def _every_variant(sweep: Sweep, args: argparse.Namespace) -> dict[str, Variant]:
     from benchmark.config import PRESETS, QUICK
     from benchmark.errors import UserError
 
@@ -337,8 +361,9 @@ def resolve_variants(sweep: Sweep, args: argparse.Namespace) -> dict[str, Varian
     chosen: dict[str, Any] = {} if args.seed is None else {"seed": args.seed}
     chosen |= read_settings(args.set)
     for key in chosen:
-        if sweep.axis.setting == key or sweep.axis.setting.startswith(f"{key}."):
-            raise UserError(f"--set {key}: sweep {sweep.name} varies {sweep.axis.setting} itself; leave it out")
+        for varied in sweep.axis.varied:
+            if varied == key or varied.startswith(f"{key}."):
+                raise UserError(f"--set {key}: sweep {sweep.name} varies {varied} itself; leave it out")
     base = PRESETS[args.preset]()
     if args.quick:
         base = base.with_settings(QUICK)
@@ -420,6 +445,8 @@ def _say_what_runs(sweep: Sweep, args: argparse.Namespace, decisions: list[Decis
         f"results go to {args.out}/",
         flush=True,
     )
+    for line in left_out(sweep, args):
+        print(f"  {line}", flush=True)
 
 
 def _print_plan(decisions: list[Decision]) -> None:

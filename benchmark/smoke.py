@@ -90,7 +90,7 @@ def smoke_stages(variant: Variant, memory: float) -> VariantStages:
         },
     )
     stages = variant_stages(variant, "smoke", prepare=data)
-    if memory >= _JOINT_BYTES_A_PARAMETER * _JOINT_PARAMETERS + _JOINT_ACTIVATIONS:
+    if stages.joint is None or memory >= _JOINT_BYTES_A_PARAMETER * _JOINT_PARAMETERS + _JOINT_ACTIVATIONS:
         return stages
     return _with_joint(stages, replace(stages.joint, run="benchmark.stages.smoke:run_joint", name="joint-shapes"))
 

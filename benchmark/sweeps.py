@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from benchmark.errors import UserError, did_you_mean
 
@@ -15,20 +15,55 @@ FOLDER = Path(__file__).resolve().parent.parent / "sweeps"
 
 
 class SweepAxis(BaseModel):
-    """What a sweep varies."""
+    """What a sweep varies: one setting that takes ``values``, or ``variants``, each a name for a set of settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="Short name, e.g. clusters; a variant is called NAME=VALUE.")
-    setting: str = Field(description="Dotted path of the setting, e.g. clustering.n_clusters.")
-    values: tuple[Any, ...] = Field(min_length=1, description="What it takes, in order.")
-    quick: tuple[Any, ...] = Field(min_length=1, description="What it takes with --quick.")
+    setting: str | None = Field(None, description="Dotted path of the setting, e.g. clustering.n_clusters.")
+    variants: Mapping[str, Mapping[str, Any]] | None = Field(
+        None, description="Instead of setting and values: name -> its dotted settings, none for the preset's own."
+    )
+    values: tuple[Any, ...] = Field(min_length=1, description="What it takes, in order; names, of named variants.")
+    quick: tuple[Any, ...] = Field(min_length=1, description="What it takes with --quick; all named variants.")
     main: Any = Field(description="The value of the reference variant.")
     log: bool = Field(False, description="Whether plots space the values by their logarithm.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_the_values(cls, data: Any) -> Any:
+        variants = data.get("variants") if isinstance(data, Mapping) else None
+        if not isinstance(variants, Mapping):
+            return data
+        if set(data) & {"setting", "values", "log"}:
+            raise ValueError("variants take the place of setting, values and log")
+        variants = {str(name): own or {} for name, own in variants.items()}
+        names = tuple(variants)
+        return {"quick": names, **data, "variants": variants, "values": names}
+
+    @model_validator(mode="after")
+    def _varies_something(self) -> Self:
+        if self.setting is None and self.variants is None:
+            raise ValueError("give setting and values, or variants")
+        return self
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Dotted paths of the settings that differ between variants."""
+        if self.variants is None:
+            assert self.setting is not None
+            return (self.setting,)
+        return tuple(dict.fromkeys(path for own in self.variants.values() for path in own))
+
+    def settings(self, value: Any) -> dict[str, Any]:
+        """Return the dotted settings that make a variant."""
+        if self.variants is None:
+            return dict.fromkeys(self.varied, value)
+        return dict(self.variants[value])
+
 
 class Sweep(BaseModel):
-    """A set of variants that differ in one thing."""
+    """A set of variants that differ in one thing, which may take several settings to say."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +77,7 @@ class Sweep(BaseModel):
     def settings(self, quick: bool = False) -> dict[str, dict[str, Any]]:
         """Return variant name -> its dotted settings."""
         values = self.axis.quick if quick else self.axis.values
-        return {self.variant(value): {**self.base, self.axis.setting: value} for value in values}
+        return {self.variant(value): {**self.base, **self.axis.settings(value)} for value in values}
 
     def only(self, wanted: Sequence[str]) -> Sweep:
         """Return the sweep of these of its values alone; the reference variant is the sweep's own, or else the first.
@@ -86,8 +121,11 @@ def load_sweep(name: str) -> Sweep:
         raise UserError(f"{path}: not a sweep: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    for value in sweep.axis.quick:
-        if value not in sweep.axis.values:
-            raise UserError(f"{path}: axis.quick has {value!r}, which is not among axis.values")
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {message}") from error
+    parts = {"axis.quick": sweep.axis.quick, "axis.main": (sweep.axis.main,)}
+    for part, values in parts.items():
+        for value in values:
+            if value not in sweep.axis.values:
+                raise UserError(f"{path}: {part} has {value!r}, which is not among axis.values")
     return sweep

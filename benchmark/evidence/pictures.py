@@ -27,10 +27,10 @@ from benchmark.demo_generator.train import RESERVED_SEED
 from benchmark.errors import UserError
 from benchmark.progress import Progress
 from benchmark.results import Result
-from benchmark.stages import METHOD, image_name, seen_name
+from benchmark.stages import KINDS, METHOD, image_name, seen_name
 from benchmark.stages.features import as_bytes, as_pixels
 from benchmark.stages.prepare import TREE
-from benchmark.stages.reconstruct import KINDS, image_seed, read_images
+from benchmark.stages.reconstruct import image_seed, read_images
 from benchmark.stages.targets import BATCH
 from benchmark.store import read_json, write_json
 from leaderboard import Interval, compare, read_leaderboard, summarise

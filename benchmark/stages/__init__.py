@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmark.config import BranchConfig, EncoderConfig, JointConfig, Variant
+from benchmark.config import (
+    BranchConfig,
+    EncoderConfig,
+    JointConfig,
+    LowLevelConfig,
+    OptimiserConfig,
+    SemanticConfig,
+    Variant,
+)
 from benchmark.data.settings import SIMULATION_VERSION
 from benchmark.errors import UserError
 from benchmark.graph import Resources, Stage
@@ -18,8 +26,12 @@ from metrics.cards import CARDS
 from metrics.protocols import get_protocol, protocol_record
 
 METHOD = "Brain-IT"  # what the scores and the leaderboard call it
+KINDS = ("lowlevel", "semantic", "combined")  # of images, those of every variant
 GPU = Resources(gpus=1, cpus=8, memory_gb=64, hours=24)
 JOINT = Resources(gpus=4, cpus=32, memory_gb=256, hours=24)
+
+
+_LOWLEVEL_TARGETS = ("width", "input_size", "layers", "windows", "sampled", "standardise", "centre")
 
 
 def seen_name(image_id: int) -> str:
@@ -39,9 +51,9 @@ class VariantStages:
     prepare: Stage
     encoder: Stage
     clusters: Stage
-    lowlevel: Stage
-    semantic: Stage
-    joint: Stage
+    lowlevel: Stage | None  # None: the true features are known
+    semantic: Stage | None
+    joint: Stage | None  # None: the generator stays as it was made
     reconstruct: Stage
     score: Stage
     references: Stage
@@ -184,42 +196,50 @@ def variant_stages(
         label=label,
         **_clustering(variant, encoder, {"data": prepare, **prepare_upstream}, digests),
     )
-    bit_upstream = {**shared, "encoder": encoder, "external": external, "clusters": clusters}
-    lowlevel = Stage(
-        name="lowlevel",
-        run="benchmark.stages.bit:run_lowlevel",
-        config=trained(variant.lowlevel),
-        upstream=bit_upstream,
-        label=label,
-        resources=GPU,
-    )
-    semantic = Stage(
-        name="semantic",
-        run="benchmark.stages.bit:run_semantic",
-        config=trained(variant.semantic),
-        upstream=bit_upstream,
-        label=label,
-        resources=GPU,
-    )
+    learns = {**shared, "encoder": encoder, "external": external}
+    used = {} if data.external_used == 1 else {"external_used": data.external_used}
+
+    def branch(name: str, part: LowLevelConfig | SemanticConfig) -> Stage | None:
+        """Return the stage that makes what predicts a branch's tokens: a BIT, or what stands in its place."""
+        if part.predictor == "oracle":
+            return None
+        config, run = trained(part), f"benchmark.stages.bit:run_{name}"
+        upstream = {**learns, "clusters": clusters}
+        if part.predictor == "bit":
+            config = {k: v for k, v in config.items() if k not in ("predictor", "mlp")}
+        else:
+            kind = part.predictor.partition("-")[0]
+            run = f"benchmark.stages.baselines:run_{kind}"
+            config = _stand_in(part, config)
+            upstream = learns if kind == "mlp" else shared
+        # What no external image enters does not change with their number.
+        config |= used if config.get("external_fraction", 0) != 0 else {}
+        return Stage(name=name, run=run, config=config, upstream=upstream, label=label, resources=GPU)
+
+    lowlevel, semantic = branch("lowlevel", variant.lowlevel), branch("semantic", variant.semantic)
     bit_sizes = {name: dump(variant.semantic)[name] for name in ("dim", "depth", "heads", "voxels_per_example")}
-    joint = Stage(
-        name="joint",
-        run="benchmark.stages.bit:run_joint",
-        config={**trained(variant.joint), "bit": bit_sizes, "generator": networks.generator},
-        upstream={
-            "data": prepare,
-            "targets": targets,
-            "encoder": encoder,
-            "clusters": clusters,
-            "external": external,
-            "semantic": semantic,
-        },
-        digests={"generator": weights["generator"]},
-        hints=checkpointing,
-        label=label,
-        resources=JOINT,
-    )
-    low = dump(variant.lowlevel)
+    joint = None
+    if variant.trains_jointly:
+        assert semantic is not None
+        config = {**trained(variant.joint), "bit": bit_sizes, "generator": networks.generator}
+        del config["enabled"]
+        joint = Stage(
+            name="joint",
+            run="benchmark.stages.bit:run_joint",
+            config=config | (used if config["external_fraction"] != 0 else {}),
+            upstream={**learns, "clusters": clusters, "semantic": semantic},
+            digests={"generator": weights["generator"]},
+            hints=checkpointing,
+            label=label,
+            resources=JOINT,
+        )
+    low, refinement = dump(variant.lowlevel), dump(variant.refinement)
+    if networks.refiner is None or not refinement["also_semantic"]:
+        del refinement["also_semantic"]
+    sizes = ("dim", "depth", "heads")
+    has_bit = "bit" in (variant.lowlevel.predictor, variant.semantic.predictor)
+    read = {"data": prepare, "targets": targets, "clusters": clusters if has_bit else None, "lowlevel": lowlevel}
+    read |= {"semantic": semantic} if joint is None else {"joint": joint}
     reconstruct = Stage(
         name="reconstruct",
         run="benchmark.stages.reconstruct:run",
@@ -227,29 +247,19 @@ def variant_stages(
             "seed": seed,
             "generation": {k: v for k, v in dump(variant.generation).items() if k not in ("batch", "test_set")},
             "dip": {k: v for k, v in dump(variant.dip).items() if k != "batch"},
-            "semantic": {name: bit_sizes[name] for name in ("dim", "depth", "heads")},
-            "lowlevel": {
-                name: low[name]
-                for name in (
-                    "dim",
-                    "depth",
-                    "heads",
-                    "width",
-                    "input_size",
-                    "layers",
-                    "windows",
-                    "sampled",
-                    "standardise",
-                    "centre",
-                )
-            },
+            "semantic": {name: bit_sizes[name] for name in sizes}
+            if variant.semantic.predictor == "bit"
+            else {"predictor": variant.semantic.predictor},
+            "lowlevel": {name: low[name] for name in (*sizes, *_LOWLEVEL_TARGETS)}
+            if variant.lowlevel.predictor == "bit"
+            else {name: low[name] for name in ("predictor", *_LOWLEVEL_TARGETS)},
             "lowlevel_network": networks.lowlevel,
             "generator": networks.generator,
             "refiner": networks.refiner,
-            "refinement": {k: v for k, v in dump(variant.refinement).items() if k != "batch"},
+            "refinement": {k: v for k, v in refinement.items() if k != "batch"},
         },
-        upstream={"data": prepare, "targets": targets, "clusters": clusters, "lowlevel": lowlevel, "joint": joint},
-        digests={role: weights[role] for role in ("generator", "lowlevel", "refiner") if role in weights},
+        upstream={role: stage for role, stage in read.items() if stage is not None},
+        digests={role: weights[role] for role in _reconstructing(variant) if role in weights},
         hints={
             "dip": variant.dip.batch,
             "generation": variant.generation.batch,
@@ -275,10 +285,11 @@ def variant_stages(
     both = sorted(set(judges) & set(networks.roles().values()))
     if both:
         raise UserError(f"network '{both[0]}' judges in protocol {protocol.name}, so it cannot be a target too")
+    shown = variant.score.images
     score = Stage(
         name="score",
         run="benchmark.stages.score:run",
-        config=score_config,
+        config=score_config | ({} if shown in KINDS else {"images": shown}),
         upstream={"reconstruct": reconstruct},
         digests=judges,
         label=label,
@@ -287,7 +298,7 @@ def variant_stages(
     references = Stage(
         name="references",
         run="benchmark.stages.score:run_references",
-        config=score_config,
+        config=score_config | ({} if shown == "combined" else {"images": shown}),
         upstream={"data": prepare, "reconstruct": reconstruct},
         digests=judges,
         label=label,
@@ -297,10 +308,36 @@ def variant_stages(
     if variant.generation.test_set == "nsd-synthetic":
         if not reads_data:
             raise UserError("generation.test_set 'nsd-synthetic' needs the data set; leave it out here")
+        if lowlevel is None or semantic is None:
+            raise UserError("generation.test_set 'nsd-synthetic' is for what was recorded; predictor oracle knows NSD")
         synthetic = _on_synthetic(reconstruct, prepare, prepare_upstream, digests)
     return VariantStages(
         prepare, encoder, clusters, lowlevel, semantic, joint, reconstruct, score, references, synthetic
     )
+
+
+def _stand_in(part: LowLevelConfig | SemanticConfig, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return configuration of a branch whose tokens an MLP or a ridge predicts: only what it reads.
+
+    Args:
+        part: the branch's settings.
+        config: the configuration that its BIT would have.
+    """
+    targets = _LOWLEVEL_TARGETS if isinstance(part, LowLevelConfig) else ()
+    own = {name: config[name] for name in ("predictor", "batch", "seed", *targets)}
+    if part.predictor == "ridge":
+        return own
+    mlp = part.mlp.model_dump(mode="json")
+    optimiser = OptimiserConfig(lr=mlp.pop("lr"), weight_decay=mlp.pop("weight_decay")).model_dump(mode="json")
+    own |= {**mlp, "external_fraction": config["external_fraction"]}
+    own |= {"scale": config["scale"]} if part.predictor == "mlp-infonce" else {}
+    return {**own, "training": {**config["training"], "optimiser": optimiser}}
+
+
+def _reconstructing(variant: Variant) -> tuple[str, ...]:
+    """Return the roles of the networks that reconstruct: those of the true features too, where these are known."""
+    own = ("generator", "lowlevel", "refiner")
+    return (*own, "semantic") if variant.semantic.predictor == "oracle" else own
 
 
 def _clustering(

@@ -31,8 +31,6 @@ from methods.brain_it.generate import GenerationSettings, combined_images, seman
 from methods.brain_it.refine import RefinementSettings, refine
 from methods.brain_it.vgg_tokens import calibrate
 
-KINDS = ("lowlevel", "semantic", "combined")
-
 
 def image_seed(seed: int, subject: int, image_id: int) -> int:
     """Return the seed of one reconstruction: it depends on the run, the subject and the image, not on the batch."""

@@ -13,9 +13,9 @@ import pandas as pd
 
 from benchmark import networks
 from benchmark.context import StageContext
-from benchmark.stages import METHOD, image_name, seen_name
+from benchmark.stages import KINDS, METHOD, image_name, seen_name
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.reconstruct import KINDS, read_images
+from benchmark.stages.reconstruct import read_images
 from metrics.evaluate import TruthCache, evaluate
 from metrics.protocols import PROTOCOLS, Protocol, protocol_hash
 

@@ -19,8 +19,9 @@ from benchmark.data.nsd import NSD
 from benchmark.data.prepared import PreparedData
 from benchmark.data.synthetic import Synthetic
 from benchmark.errors import UserError
+from benchmark.stages import KINDS
 from benchmark.stages.prepare import Prepared, source_of
-from benchmark.stages.reconstruct import KINDS, as_shown, read_images, reconstruct, save_images
+from benchmark.stages.reconstruct import as_shown, read_images, reconstruct, save_images
 from benchmark.stages.score import dealt_out
 from metrics.pixel import pixcorr
 

@@ -21,8 +21,8 @@ from benchmark.data.scenes import describe_scene, render_scenes
 from benchmark.demo_generator.train import RESERVED_SEED
 from benchmark.evidence import pictures as evidence
 from benchmark.evidence.__main__ import main
-from benchmark.stages import image_name, reconstruct, score, seen_name
-from benchmark.stages.reconstruct import KINDS, image_seed, read_images
+from benchmark.stages import KINDS, image_name, reconstruct, score, seen_name
+from benchmark.stages.reconstruct import image_seed, read_images
 from leaderboard import compare
 from methods.brain_it.generate import GenerationSettings, semantic_images
 from metrics.identification import correlation_matrix

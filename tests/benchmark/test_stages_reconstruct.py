@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmark.errors import UserError
-from benchmark.stages import image_name, reconstruct, seen_name
+from benchmark.stages import KINDS, image_name, reconstruct, seen_name
 from benchmark.stages.bit import build_bit, voxel_layout
 from benchmark.stages.features import LowLevelTargets
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.reconstruct import KINDS, image_seed, read_images
+from benchmark.stages.reconstruct import image_seed, read_images
 from methods.brain_it.dip import invert
 
 pytestmark = pytest.mark.timeout(900)  # the first test that needs the small sweep waits for it

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmark import networks
-from benchmark.stages import image_name, seen_name
+from benchmark.stages import KINDS, image_name, seen_name
 from benchmark.stages.prepare import Prepared
-from benchmark.stages.reconstruct import KINDS, read_images
+from benchmark.stages.reconstruct import read_images
 from benchmark.stages.score import REPEATS
 from benchmark.store import read_json
 from benchmark.weights import weights_digest
