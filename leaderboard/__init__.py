@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from leaderboard.orderings import Ordering, orderings
+    from leaderboard.orderings import Ordering, orderings, print_orderings
     from leaderboard.publish import build
     from leaderboard.published import PublishedRow, published
     from leaderboard.ranking import Ranking, rank
@@ -32,6 +32,7 @@ _HOMES = {
     "compare": "statistics",
     "markdown": "table",
     "orderings": "orderings",
+    "print_orderings": "orderings",
     "print_table": "table",
     "published": "published",
     "rank": "ranking",
@@ -55,6 +56,7 @@ __all__ = [
     "compare",
     "markdown",
     "orderings",
+    "print_orderings",
     "print_table",
     "published",
     "rank",

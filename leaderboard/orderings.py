@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ import pyarrow.compute as pc
 from leaderboard.published import PublishedRow
 from leaderboard.statistics import Key, compare
 from metrics.cards import CARDS
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ALPHA = 0.05
 _ROUNDING = 1e-9  # published figures are decimals: a difference below this is none
@@ -135,24 +138,71 @@ def orderings(
     return result
 
 
+_SHORT = {"holds": "holds", "reversed": "reversed", "cannot be told": "?", "printed equal": "="}
+LEGEND = (
+    "better, worse: as the paper prints it, against the reference. holds, reversed: told from zero by our paired "
+    "images (q < .05, and every seed agrees); ?: cannot be told at this size; =: the paper prints no difference."
+)
+
+
+def summary(found: Sequence[Ordering]) -> str:
+    """Say in one line how many of the paper's orderings hold, are reversed, or cannot be told."""
+    counts = {verdict: sum(one.verdict == verdict for one in found) for verdict in _SHORT}
+    asked = len(found) - counts["printed equal"]
+    return (
+        f"of {asked} orderings that the paper prints, {counts['holds']} hold, {counts['reversed']} are reversed, "
+        f"{counts['cannot be told']} cannot be told at this size"
+    )
+
+
+def cells(found: Sequence[Ordering]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Return metrics and, for each variant, what to print under each; for tables of any kind."""
+    metrics = tuple(m for m in CARDS if any(one.metric == m for one in found))
+    rows = {}
+    for variant in dict.fromkeys(one.variant for one in found):
+        own = {one.metric: one for one in found if one.variant == variant}
+        rows[variant] = tuple(_cell(own.get(m)) for m in metrics)
+    return metrics, rows
+
+
 def orderings_markdown(found: Sequence[Ordering]) -> str:
-    """Return the verdicts as a Markdown table, a row a variant, a column a metric."""
-    metrics = [m for m in CARDS if any(o.metric == m for o in found)]
-    lines = ["| against " + (found[0].reference if found else "") + " | " + " | ".join(metrics) + " |"]
-    lines.append("|---|" + "---|" * len(metrics))
-    for variant in dict.fromkeys(o.variant for o in found):
-        own = {o.metric: o for o in found if o.variant == variant}
-        lines.append(f"| {variant} | " + " | ".join(_cell(own.get(m)) for m in metrics) + " |")
+    """Return the verdicts as a Markdown table, a row a variant, a column a metric; empty where there are none."""
+    if not found:
+        return ""
+    metrics, rows = cells(found)
+    lines = [f"| against {found[0].reference} | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
+    lines += [f"| {variant} | " + " | ".join(own) + " |" for variant, own in rows.items()]
     return "\n".join(lines)
+
+
+def print_orderings(found: Sequence[Ordering], table: str, console: Console | None = None) -> None:
+    """Print the verdicts as a table; ``table`` names the published one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not found:
+        return
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(file=console.file, width=120, highlight=False, no_color=True)
+    metrics, rows = cells(found)
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    shown.add_column(f"against {found[0].reference}")
+    for metric in metrics:
+        shown.add_column(metric)
+    for variant, own in rows.items():
+        shown.add_row(variant, *(cell.replace(": ", "\n") for cell in own))
+    console.print(f"The orderings of {table}, asked of our images: {summary(found)}.", markup=False)
+    console.print(shown)
+    console.print(LEGEND, style="dim", markup=False)
 
 
 def _cell(ordering: Ordering | None) -> str:
     if ordering is None:
         return ""
     if ordering.verdict == "printed equal":
-        return "printed equal"
-    direction = "better" if ordering.printed_better else "worse"
-    return f"{direction}: {ordering.verdict}"
+        return "="
+    return f"{'better' if ordering.printed_better else 'worse'}: {_SHORT[ordering.verdict]}"
 
 
 def _have(table: pa.Table, keys: tuple[Key, Key], metric: str) -> bool:

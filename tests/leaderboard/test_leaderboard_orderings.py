@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from leaderboard.orderings import orderings, orderings_markdown
+from leaderboard.orderings import Ordering, orderings, orderings_markdown, print_orderings
 from leaderboard.published import PublishedRow, published
 
 MAIN = ("Brain-IT", "clusters=128")
@@ -72,11 +72,25 @@ def test_rows_scored_on_other_images_are_refused() -> None:
         )
 
 
-def test_the_markdown_table_has_a_row_a_variant_and_says_what_the_paper_says() -> None:
+def found() -> list[Ordering]:
     key = ("Brain-IT", "clusters=8")
-    found = orderings(
-        table({"clusters=128": [0.0], "clusters=8": [-0.1]}), {key: printed(0.3, 0.6)}, (MAIN, printed(0.4, 0.6))
-    )
-    lines = orderings_markdown(found).splitlines()
+    shifts = {"clusters=128": [0.0], "clusters=8": [-0.1]}
+    return orderings(table(shifts), {key: printed(0.3, 0.6)}, (MAIN, printed(0.4, 0.6)))
+
+
+def test_the_markdown_table_has_a_row_a_variant_and_says_what_the_paper_says() -> None:
+    lines = orderings_markdown(found()).splitlines()
     assert lines[0] == "| against clusters=128 | PixCorr | Eff |"
-    assert lines[2] == "| clusters=8 | worse: holds | printed equal |"
+    assert lines[2] == "| clusters=8 | worse: holds | = |"
+    assert orderings_markdown([]) == ""
+
+
+def test_the_printed_table_counts_what_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    print_orderings(found(), "Table T3")
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "The orderings of Table T3, asked of our images: of 1 orderings that the paper prints, 1 hold"
+    )
+    assert "against clusters=128" in text and "clusters=8" in text and "?: cannot be told at this size" in text
+    print_orderings([], "Table T3")
+    assert not capsys.readouterr().out
