@@ -218,12 +218,9 @@ def run_sweep(
 
 
 def _slurm_launcher(args: argparse.Namespace) -> SlurmLauncher:
-    from benchmark.errors import UserError
     from benchmark.launch.profile import profile_path, read_profile
     from benchmark.launch.slurm import SlurmLauncher
 
-    if args.parallel is not None and args.parallel < 1:
-        raise UserError(f"parallel is {args.parallel}, expected 1 or more")
     path = profile_path(args.profile)
     return SlurmLauncher(read_profile(path), args.parallel, args.device, args.threads, source=path)
 
@@ -475,11 +472,14 @@ def _report(
 ) -> None:
     from benchmark.progress import clock_time
     from benchmark.report import write_report
-    from leaderboard import print_table
+    from leaderboard import print_orderings, print_table
 
     report = write_report(args.out, store, sweep, variants, stages, main_name)
     print()
     print_table(report.ranking, report.notes)
     for sentence in report.sentences:
         print(sentence)
+    if report.orderings:
+        print()
+        print_orderings(report.orderings, sweep.answers)
     print(f"\npage: {report.page}   rows: {report.page.parent / 'leaderboard.json'}   time: {clock_time(seconds)}")

@@ -244,6 +244,7 @@ def ask(profile: Profile, stage: Stage, device: str = "auto") -> Ask:
     # Processes that train together take turns at a step's micro-batches: one GPU more than there are of these is idle.
     useful = max(count for count in range(wanted.gpus + 1) if not count or not share or share % count == 0)
     gpus = 0 if device == "cpu" else own.gpus if own.gpus is not None else useful
+    part = gpus / wanted.gpus if gpus else 1  # cores and memory are meant for all of the stage's GPUs
     layers: list[Request] = [own, *([] if gpus else [profile.cpu]), profile]
 
     def said(name: str, default: Any = None) -> Any:
@@ -279,8 +280,8 @@ def ask(profile: Profile, stage: Stage, device: str = "auto") -> Ask:
     return Ask(
         device="cuda" if gpus else "cpu",
         minutes=math.ceil(60 * said("hours", wanted.hours)),
-        memory_mb=math.ceil(1024 * said("memory_gb", wanted.memory_gb) / nodes),
-        cpus=math.ceil(said("cpus", wanted.cpus) / tasks),
+        memory_mb=math.ceil(1024 * said("memory_gb", part * wanted.memory_gb) / nodes),
+        cpus=math.ceil(said("cpus", math.ceil(part * wanted.cpus)) / tasks),
         gpus=gpus // nodes,
         tasks=tasks,
         nodes=nodes,

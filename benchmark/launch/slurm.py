@@ -198,9 +198,8 @@ class SlurmLauncher:
         for array in arrays:
             first = by_fingerprint[array.members[0]].stage
             wanted = asks[first.fingerprint]
-            own = replace(
-                options, device=wanted.device, threads=self._threads or wanted.cpus, processes=wanted.tasks, position=""
-            )
+            threads = self._threads or wanted.cpus
+            own = replace(options, device=wanted.device, threads=threads, processes=wanted.tasks, position="")
             tasks = [
                 StageJob(
                     decision.stage.to_dict(),
@@ -212,9 +211,7 @@ class SlurmLauncher:
                 for decision in (by_fingerprint[member] for member in array.members)
             ]
             dependency = dependency_words(array, ids, {key: stage.job for key, stage in shared.items()})
-            executor = make_executor(
-                folder, wanted, f"{request.sweep}.{first.name}", dependency, array.throttle, own.threads, self._profile
-            )
+            executor = self._executor(folder, wanted, f"{request.sweep}.{first.name}", dependency, array.throttle)
             with _clean_environment(wanted):
                 try:
                     submitted = executor.submit_array(tasks)
@@ -224,6 +221,22 @@ class SlurmLauncher:
                     ) from None
             ids.append([job.job_id for job in submitted])
             yield array, ids[-1]
+
+    def render(
+        self, decisions: Sequence[Decision], arrays: Sequence[Array], asks: Mapping[str, Ask], folder: Path
+    ) -> list[str]:
+        """Return the batch scripts of the arrays, with 1, 2, ... in the place of the jobs' numbers; asks nobody."""
+        names = {decision.stage.fingerprint: decision.stage.name for decision in decisions}
+        scripts: list[str] = []
+        ids: list[list[str]] = []
+        for number, array in enumerate(arrays, 1):
+            first = array.members[0]
+            dependency = dependency_words(array, ids, {})
+            executor = self._executor(folder, asks[first], names[first], dependency, array.throttle)
+            count = len(array.members)
+            scripts.append(script(executor, count))
+            ids.append([f"{number}_{index}" for index in range(count)] if count > 1 else [str(number)])
+        return scripts
 
     def plan_lines(self, decisions: Sequence[Decision]) -> list[str]:
         """Return what :meth:`submit` would submit, for people; asks nobody."""
@@ -236,6 +249,12 @@ class SlurmLauncher:
             name = f"{first.name} x {count}" if count > 1 else first.title
             lines.append(f"  {name:<28} {asks[first.fingerprint].words()}")
         return lines
+
+    def _executor(
+        self, folder: Path, wanted: Ask, name: str, dependency: str, throttle: int | None
+    ) -> submitit.SlurmExecutor:
+        threads = self._threads or wanted.cpus
+        return make_executor(folder, wanted, name, dependency, throttle, threads, self._profile.python)
 
     def arrays(
         self, decisions: Sequence[Decision], elsewhere: Collection[str] = (), max_size: int = 1001
@@ -303,7 +322,7 @@ def make_executor(
     dependency: str,
     throttle: int | None,
     threads: int,
-    profile: Profile,
+    python: str | None = None,
 ) -> submitit.SlurmExecutor:
     """Return the executor that submits stages which ask for ``wanted``.
 
@@ -314,9 +333,9 @@ def make_executor(
         dependency: in sbatch's words; empty for none.
         throttle: how many elements run at a time; None for all.
         threads: of a task.
-        profile: its ``python``.
+        python: command that starts Python; this process's by default.
     """
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=_RESTARTS, python=profile.python)
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=_RESTARTS, python=python)
     options = dict(wanted.options)
     additional: dict[str, Any] = {
         "requeue": True,

@@ -80,7 +80,7 @@ def test_more_gpus_than_a_node_has_are_spread_over_nodes(tmp_path: Path) -> None
 def test_joint_training_asks_for_the_gpus_that_it_can_use(tmp_path: Path, accumulate: int, gpus: int) -> None:
     joint = stage("joint", JOINT, accumulate)
     found = ask(read_profile(None), joint)
-    assert (found.gpus, found.tasks) == (gpus, gpus)
+    assert (found.gpus, found.tasks, found.cpus, found.memory_mb) == (gpus, gpus, 8, gpus * 64 * 1024)
     more = profile(tmp_path, "stages: {joint: {gpus: 5}}")
     with pytest.raises(UserError, match=f"5 processes cannot share the {accumulate} micro-batches of a step evenly"):
         ask(more, joint)

@@ -57,7 +57,7 @@ SLIPS = [
     (["clusters", "--dryrun"], "unknown option '--dryrun' (did you mean '--dry-run'?)"),
     (["clusters", "--preset", "dmo"], "unknown --preset 'dmo' (did you mean 'demo'?)"),
     (["clusters", "--mode", "readonly"], "unknown --mode 'readonly' (did you mean 'read-only'?)"),
-    (["clusters", "--launcher", "slrum"], "unknown --launcher 'slrum'; choose from inline, local"),
+    (["clusters", "--launcher", "slrum"], "unknown --launcher 'slrum' (did you mean 'slurm'?)"),
     ([], "the following arguments are required: NAME; see python -m benchmark.sweep --help"),
     (["clusters", "extra"], "unexpected argument 'extra'; see python -m benchmark.sweep --help"),
     (["clusters", "--seed", "one"], "argument --seed: invalid int value: 'one'; see python -m benchmark.sweep --help"),

@@ -1,0 +1,27 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-6%2
+#SBATCH --cpus-per-task=8
+#SBATCH --dependency=aftercorr:44
+#SBATCH --error=/scratch/runs/store/.jobs/clusters-20261123-191500/%A_%a_0_log.err
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=clusters.joint
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=262144M
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/runs/store/.jobs/clusters-20261123-191500/%A_%a_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=1440
+
+# setup
+export PYTHONPATH=/home/ada/brain-it-bench${PYTHONPATH:+:$PYTHONPATH}
+export OMP_NUM_THREADS=8 MKL_NUM_THREADS=8
+export BRAIN_IT_WEIGHTS=/data/weights
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /scratch/runs/store/.jobs/clusters-20261123-191500/%A_%a_%t_log.out --error /scratch/runs/store/.jobs/clusters-20261123-191500/%A_%a_%t_log.err --export=ALL --cpus-per-task=8 --kill-on-bad-exit=1 /home/ada/.venv/bin/python -u -m submitit.core._submit /scratch/runs/store/.jobs/clusters-20261123-191500
