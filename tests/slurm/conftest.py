@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +14,30 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for the tests, and through the launcher for the jobs
 
-from cluster import Cluster, ClusterError, why_not  # noqa: E402
-
 import slurm_stages as toys  # noqa: E402
-from benchmark.execute import RunOptions  # noqa: E402
+from cluster import Cluster, why_not  # noqa: E402
+from toy_sweep import submit  # noqa: E402
+
 from benchmark.graph import Plan, Stage  # noqa: E402
-from benchmark.launch.profile import Profile  # noqa: E402
-from benchmark.launch.slurm import Request, SlurmLauncher  # noqa: E402
 from benchmark.launch.submissions import Submission  # noqa: E402
 from benchmark.store import Store, read_json  # noqa: E402
-
-# The joint training on CPUs: two tasks, one on each node.
-PROFILE: dict[str, Any] = {
-    "device": "cpu",
-    "signal_seconds": 10,
-    "stages": {"joint": {"tasks": 2, "nodes": 2}},
-}
-OPTIONS = RunOptions(progress=False, tracker="jsonl", checkpoint_seconds=0.3)
 
 
 class Sweep:
     """A plan, a store and a cluster; what a person who types the sweep's command has."""
 
-    def __init__(self, cluster: Cluster, out: Path, targets: Iterable[Stage], **profile: Any) -> None:
+    def __init__(self, cluster: Cluster, out: Path, targets: Sequence[Stage], **profile: Any) -> None:
         self.cluster = cluster
         self.store = Store(out / "store")
         self.plan = Plan.of(targets)
-        self.profile = Profile.model_validate({**PROFILE, **profile})
+        self.out, self.targets, self.profile = out, targets, profile
         self.submissions: list[Submission] = []
 
-    def submit(self, mode: str = "cached", parallel: int | None = None, name: str = "toys") -> Submission:
-        """Type the sweep's command."""
-        request = Request(name, "python -m toys", self.store.root.parent, {})
-        record = SlurmLauncher(self.profile, parallel, threads=1).submit(self.plan, mode, self.store, OPTIONS, request)
+    def submit(self, mode: str = "cached", **fields: Any) -> int:
+        """Type the sweep's command; return how many stages it submitted."""
+        record, count = submit(self.targets, self.out, mode, **{**self.profile, **fields})
         self.submissions.append(record)
-        return record
+        return count
 
     def stage(self, name: str, label: str = "") -> Stage:
         """A stage of the plan."""
@@ -154,7 +141,7 @@ def cluster(_cluster: Cluster) -> Iterator[Cluster]:
 def sweep(cluster: Cluster, tmp_path: Path) -> Callable[..., Sweep]:
     """Make a sweep of these targets in an empty store, with these settings of the profile."""
 
-    def make(targets: Iterable[Stage], out: Path = tmp_path, **profile: Any) -> Sweep:
+    def make(targets: Sequence[Stage], out: Path = tmp_path, **profile: Any) -> Sweep:
         return Sweep(cluster, out, targets, **profile)
 
     return make
@@ -167,6 +154,6 @@ def undisturbed(_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> 
     targets = [*toys.scores(2, sleep=0.1), toys.chain(sleep=0.1)]
     one = Sweep(_cluster, tmp_path_factory.mktemp("undisturbed"), targets)
     one.submit()
-    one.finish()
+    one.finish(240)
     assert sorted(one.runs()) == sorted(stage.key for stage in one.plan.stages)
     return one.digests()
