@@ -64,12 +64,13 @@ def finished_variants(out: Path) -> dict[str, Result]:
     settings changed meanwhile.
     """
     found: dict[str, Result] = {}
-    stores = [out / "store" / name for name in ("reconstruct", "reconstruct-synthetic")]
+    stores = [out / "store" / name for name in ("reconstruct", "reconstruct-synthetic", "score")]
     dones = [done for store in stores for done in store.glob(f"*/{DONE}") if "." not in done.parent.name]
     for done in sorted(dones, key=lambda path: path.stat().st_mtime):
         result = Result.read(done.parent)
         names = re.sub(r" \+\d+ more$", "", str(result.record["label"]))  # as a plan joins the labels of a shared stage
-        found |= {name: result for name in names.split(", ") if name}
+        made = result if done.parents[1].name != "score" else result.needs("reconstruct")
+        found |= {name: made for name in names.split(", ") if name}
     return found
 
 

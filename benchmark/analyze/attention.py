@@ -226,6 +226,10 @@ def analyse(
     """
     progress = progress or Progress(enabled=False)
     prepared, targets = Prepared(reconstruct.needs("data").folder), reconstruct.needs("targets")
+    for branch in ("semantic", "lowlevel"):
+        if "predictor" in reconstruct.config[branch]:
+            kind = reconstruct.config[branch]["predictor"]
+            raise UserError(f"{name}: its {branch} branch is no BIT ({kind}); only BIT has Brain Tokens to look at")
     layout = voxel_layout(prepared, reconstruct.needs("clusters").folder)
     subjects = tuple(reconstruct.config["generation"]["subjects"])
     if images == "validation":
@@ -243,7 +247,7 @@ def analyse(
     tokens = LowLevelTargets(targets.folder, low, dict(targets.config), prepared).tokens
     shape = read_shapes(targets.folder)["semantic"]
     jobs: list[tuple[str, str, Mapping[str, Any], int, int]] = [
-        ("semantic", "joint", reconstruct.config["semantic"], *shape),
+        ("semantic", _semantic_role(reconstruct), reconstruct.config["semantic"], *shape),
         ("low-level", "lowlevel", low, tokens.tokens, tokens.width),
     ]
     found: dict[str, np.ndarray] = {}
@@ -278,6 +282,11 @@ def analyse(
         anatomy=anatomy,
         alike=_mirror_correlation(seen),
     )
+
+
+def _semantic_role(reconstruct: Result) -> str:
+    """Return the stage that trained the semantic BIT last."""
+    return "joint" if "joint" in reconstruct.record["upstream"] else "semantic"
 
 
 def _of(samples: Samples, positions: Sequence[int]) -> Samples:

@@ -192,7 +192,6 @@ def variant_stages(
     clusters = Stage(
         name="clusters",
         run="benchmark.stages.encoder:run_clusters",
-        code_version=2 if variant.clustering.covariance == "full" else 1,  # whose fit is no longer scikit-learn's
         label=label,
         **_clustering(variant, encoder, {"data": prepare, **prepare_upstream}, digests),
     )
@@ -343,7 +342,7 @@ def _reconstructing(variant: Variant) -> tuple[str, ...]:
 def _clustering(
     variant: Variant, encoder: Stage, sources: Mapping[str, Stage], digests: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return configuration and upstream of stage ``clusters``: only what its method reads.
+    """Return configuration, upstream and version of stage ``clusters``: only what its method reads.
 
     Args:
         variant: what to run.
@@ -354,7 +353,13 @@ def _clustering(
     settings = variant.clustering.model_dump(mode="json")
     if not variant.needs_anatomy:
         functional = {name: value for name, value in settings.items() if name != "method"}
-        return {"config": {**functional, "seed": variant.seed}, "upstream": {"encoder": encoder}}
+        return {
+            "config": {**functional, "seed": variant.seed},
+            "upstream": {"encoder": encoder},
+            "code_version": 2
+            if variant.clustering.covariance == "full"
+            else 1,  # whose fit is no longer scikit-learn's
+        }
     by_place = variant.clustering.method == "coordinates"
     own = {"n_clusters": variant.clustering.n_clusters, "seed": variant.seed} if by_place else {}
     anatomy = Stage(
