@@ -12,16 +12,27 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from benchmark.data.settings import SimulationSettings
 from benchmark.errors import UserError, did_you_mean
 from benchmark.training_config import (
+    Constant,
     GroupConfig,
     LinearWarmup,
     OneCycle,
     OptimiserConfig,
     Plateau,
+    Schedule,
     TrainingConfig,
     WarmupPlateau,
 )
@@ -341,6 +352,77 @@ class ScoreConfig(Settings):
     )
 
 
+class TableConfig(Settings):
+    """Training of a new subject's voxel table in a frozen model; its last weights are kept."""
+
+    batch: PositiveInt = Field(description="Examples in a step.")
+    epochs: PositiveInt = Field(
+        description="An epoch of a BIT is transfer.real_every times as many samples as there are recordings; of the "
+        "encoder it is the recordings."
+    )
+    accumulate: PositiveInt = Field(1, description="Batches whose gradients are averaged in one step.")
+    optimiser: OptimiserConfig = Field(OptimiserConfig(), description="Of the table.")
+    schedule: Schedule = Field(Constant(), description="No warm-up and no plateau (official code).")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp16", description="Arithmetic of the forward pass.")
+    clip: PositiveFloat | None = Field(None, description="Largest norm of the gradient; None: no limit.")
+
+    def training(self, samples: int, seed: int) -> TrainingConfig:
+        """Return the training on epochs of so many samples."""
+        steps = -(-samples * self.epochs // (self.batch * self.accumulate))
+        return TrainingConfig(
+            optimiser=self.optimiser,
+            schedule=self.schedule,
+            steps=steps,
+            steps_per_epoch=-(-steps // self.epochs),
+            accumulate=self.accumulate,
+            precision=self.precision,
+            clip=self.clip,
+            seed=seed,
+        )
+
+
+def _adam(lr: float) -> OptimiserConfig:
+    return OptimiserConfig(name="adam-amsgrad", lr=lr)
+
+
+class TransferConfig(Settings):
+    """Transfer to a new subject: base models of all others, and a voxel table of its own (Sec. 4.3, App. D.4)."""
+
+    subject: PositiveInt | None = Field(
+        None, description="Whom the base models never see and whose images are reconstructed; None: no transfer."
+    )
+    amount: Literal["full", "1h", "30min", "15min", "450"] = Field(
+        "1h",
+        description="What was recorded of it: the first 750, 375, 188 or 450 single trials of session 1 (how the paper "
+        "took its 15 minutes is unpublished; its text says 450 samples), in proportion where sessions are shorter, "
+        "shared images then removed; or, full, the averages of all its sessions.",
+    )
+    real_every: PositiveInt = Field(
+        4, description="One sample in so many is a recording, the others are predicted (official code)."
+    )
+    encoder: TableConfig = Field(
+        TableConfig(batch=32, epochs=30, optimiser=_adam(1e-3), precision="fp32"),
+        description="Adam (amsgrad) 1e-3, 30 epochs, the last one kept (official code).",
+    )
+    lowlevel: TableConfig = Field(
+        TableConfig(batch=64, epochs=50, optimiser=OptimiserConfig(lr=5e-4)),
+        description="AdamW 5e-4, 50 epochs (official code).",
+    )
+    semantic: TableConfig = Field(
+        TableConfig(batch=128, epochs=50, optimiser=OptimiserConfig(lr=5e-4)),
+        description="AdamW 5e-4, 50 epochs (official code).",
+    )
+    joint: TableConfig = Field(
+        TableConfig(batch=16, accumulate=4, epochs=200, optimiser=OptimiserConfig(lr=1e-5)),
+        description="AdamW 1e-5, 200 epochs, the denoiser frozen too (official code).",
+    )
+
+    @field_validator("amount", mode="before")
+    @classmethod
+    def _number_or_name(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Variant(Settings):
     """One row: what is trained, on what, and how it is scored."""
 
@@ -359,6 +441,7 @@ class Variant(Settings):
     refinement: RefinementConfig = RefinementConfig()
     memory: MemoryConfig = MemoryConfig()
     score: ScoreConfig = ScoreConfig()
+    transfer: TransferConfig = TransferConfig()
 
     @property
     def trains_jointly(self) -> bool:
@@ -380,6 +463,19 @@ class Variant(Settings):
     def _scores_what_is_made(self) -> Self:
         if self.score.images == "semantic-refined" and not self.refinement.also_semantic:
             raise ValueError("score.images 'semantic-refined' needs refinement.also_semantic")
+        return self
+
+    @model_validator(mode="after")
+    def _a_transfer_is_whole(self) -> Self:
+        new = self.transfer.subject
+        if new is None:
+            return self
+        if self.lowlevel.predictor != "bit" or not self.trains_jointly:
+            raise ValueError("transfer.subject needs BITs in both branches, and joint training")
+        if self.generation.test_set != "nsd":
+            raise ValueError("transfer.subject needs generation.test_set 'nsd'")
+        # Whatever a preset reconstructs otherwise, a transfer is about the new subject.
+        object.__setattr__(self, "generation", self.generation.model_copy(update={"subjects": (new,)}))
         return self
 
     @model_validator(mode="after")
@@ -437,6 +533,17 @@ def _one_cycle(
         validate_every=validate_every,
         select=select,
         select_mode=mode,
+        clip=1.0,
+    )
+
+
+def _table(batch: int, epochs: int, lr: float, name: Literal["adamw", "adam-amsgrad"] = "adamw") -> TableConfig:
+    return TableConfig(
+        batch=batch,
+        epochs=epochs,
+        optimiser=OptimiserConfig(name=name, lr=lr, weight_decay=0.0),
+        schedule=OneCycle(warmup=0.15),
+        precision="fp32",
         clip=1.0,
     )
 
@@ -509,6 +616,12 @@ def demo() -> Variant:
         ),
         memory=MemoryConfig(checkpointing=False),
         score=ScoreConfig(protocol="demo"),
+        transfer=TransferConfig(
+            encoder=_table(32, 30, 1e-2, name="adam-amsgrad"),
+            lowlevel=_table(32, 10, 3e-3),
+            semantic=_table(32, 10, 3e-3),
+            joint=_table(16, 1, 3e-4),
+        ),
     )
 
 
