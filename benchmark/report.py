@@ -22,7 +22,7 @@ from leaderboard.results import RESULTS, write_result
 from metrics.protocols import PROTOCOLS, Protocol
 
 GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
-BRANCHES = {"lowlevel": "low-level image alone", "semantic": "semantic image alone"}
+BRANCHES = {"lowlevel": "low-level image alone", "semantic": "semantic image alone", "combined": "both branches"}
 
 
 @dataclass(frozen=True)

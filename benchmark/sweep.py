@@ -60,9 +60,8 @@ def _list() -> int:
     for name in sweep_names():
         sweep = load_sweep(name)
         values = ", ".join(str(value) for value in sweep.axis.values)
-        print(
-            f"{name:<12} {sweep.title}\n{'':<12} {sweep.axis.setting or sweep.axis.name}: {values}\n{'':<12} answers {sweep.answers}"
-        )
+        varied = sweep.axis.setting or sweep.axis.name
+        print(f"{name:<12} {sweep.title}\n{'':<12} {varied}: {values}\n{'':<12} answers {sweep.answers}")
     return 0
 
 

@@ -48,18 +48,27 @@ class Pool:
         external: folder of stage ``external``.
         predict: predicts the responses to external images where that stage left it to later.
         fraction: external share of a batch; None shuffles all samples together, each once an epoch (official code).
-        seed: of the epochs' order.
+        seed: of the epochs' order, and of which external images are used.
+        used: fraction of the external images to draw from; a larger one contains the smaller ones.
     """
 
     def __init__(
-        self, data: Prepared, external: Path, fraction: float | None, seed: int, predict: Predictor | None = None
+        self,
+        data: Prepared,
+        external: Path,
+        fraction: float | None,
+        seed: int,
+        predict: Predictor | None = None,
+        used: float = 1.0,
     ) -> None:
         self.data, self.fraction, self.seed = data, fraction, seed
         self.samples = data.samples(data.train_ids)
         self.rows = data.target_rows(self.samples.image)
         self.predict = predict
         self.stored = Shards(external / "betas") if (external / "betas").is_dir() else None
-        self.external = len(self.stored) if self.stored is not None else len(data.external) if predict else 0
+        count = len(self.stored) if self.stored is not None else len(data.external) if predict else 0
+        self.images = np.arange(count) if used == 1 else np.random.default_rng(seed).permutation(count)
+        self.external = round(used * count)
         self.starts = np.concatenate([[0], np.cumsum(data.n_voxels)])
         self._epoch: tuple[int, np.ndarray] | None = None
 
@@ -77,12 +86,14 @@ class Pool:
         measured = pick < real
         clipped = np.minimum(pick, real - 1)
         subject = np.where(measured, self.samples.subject[clipped], guests)
-        rows = np.where(measured, self.rows[clipped], pick - real + len(self.data.target_ids))
+        image = np.zeros(size, np.int64)
+        image[~measured] = self.images[pick[~measured] - real]
+        rows = np.where(measured, self.rows[clipped], image + len(self.data.target_ids))
         betas = np.zeros((size, max(self.data.n_voxels)), np.float32)
         for k in np.flatnonzero(measured):
             s = int(subject[k])
             betas[k, : self.data.n_voxels[s]] = self.data.betas[s][self.samples.row[pick[k]]]
-        for place, predicted in self._predicted(np.flatnonzero(~measured), pick - real, subject):
+        for place, predicted in self._predicted(np.flatnonzero(~measured), image, subject):
             betas[place, : len(predicted)] = predicted
         return Batch(torch.from_numpy(betas), torch.from_numpy(subject), rows)
 
@@ -145,7 +156,7 @@ def build_bit(config: Mapping[str, Any], layout: VoxelLayout, n_queries: int, ou
 
 def kept_voxels(config: Mapping[str, Any], data: Prepared, batch: Batch, generator: torch.Generator) -> Tensor | None:
     """Return which voxels of each recording take part in a training step: B x most voxels, bool; None for all."""
-    if config["voxels_per_example"] is None:
+    if config.get("voxels_per_example") is None:
         return None
     counts = torch.tensor(data.n_voxels)[batch.subject]
     return sample_voxels(counts, config["voxels_per_example"], len(counts), generator, width=batch.betas.shape[1])
@@ -180,12 +191,12 @@ def _start(ctx: StageContext, data: Prepared, n_queries: int, out_dim: int) -> t
 
 
 def open_pool(ctx: StageContext, data: Prepared) -> Pool:
-    """Return what a BIT of this stage trains on."""
+    """Return what a network of this stage trains on."""
     config, predict = ctx.config, None
-    external = ctx.stage.upstream["external"]
-    if external.config["store"] == "live" and config["external_fraction"] != 0:
+    external, used = ctx.stage.upstream["external"], config.get("external_used", 1.0)
+    if external.config["store"] == "live" and config["external_fraction"] != 0 and used:
         predict = Predictor(external.config, data, ctx.inputs["targets"], ctx.inputs["encoder"], ctx.device)
-    return Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"], predict)
+    return Pool(data, ctx.inputs["external"], config["external_fraction"], config["seed"], predict, used)
 
 
 def token_correlation(predicted: Tensor, true: Tensor) -> Tensor:
@@ -204,12 +215,15 @@ def lowlevel_loss(
     model: nn.Module,
     batch: Batch,
     targets: LowLevelTargets,
-    scale: float,
+    scale: float | None,
     generator: torch.Generator,
     keep: Tensor | None,
     device: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return InfoNCE at positions drawn for each example (Sec. 3.2), and the predicted and true tokens there."""
+    """Return the loss at positions drawn for each example (Sec. 3.2), and the predicted and true tokens there.
+
+    It is InfoNCE with logits of this ``scale``, or without one the squared error; the mean over the layers of either.
+    """
     tokens = targets.tokens
     positions = tokens.sample_positions(len(batch.rows), generator)
     index = positions[..., None].expand(-1, -1, tokens.width)
@@ -220,7 +234,10 @@ def lowlevel_loss(
         keep=None if keep is None else keep.to(device),
         queries=positions.to(device),
     ).float()
-    return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, scale), predicted, true
+    if scale is not None:
+        return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, scale), predicted, true
+    layers = zip(predicted.split(tokens.sampled_sizes, 1), true.split(tokens.sampled_sizes, 1), strict=True)
+    return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in layers]).mean(), predicted, true
 
 
 def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
@@ -229,13 +246,25 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     Outputs: ``bit.safetensors``, and ``calibration.safetensors``: for each layer, the linear map from predicted to true
     tokens that fits the validation images best.
     """
-    config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
-    targets = LowLevelTargets(ctx.inputs["targets"], config, ctx.stage.upstream["targets"].config, data, ctx.device)
+    targets = LowLevelTargets(ctx.inputs["targets"], ctx.config, ctx.stage.upstream["targets"].config, data, ctx.device)
     bit, pool = _start(ctx, data, targets.tokens.tokens, targets.tokens.width)
+    summary = fit_lowlevel(ctx, data, targets, bit, pool, "low-level BIT")
+    save_file(bit.state_dict(), ctx.out / "bit.safetensors")
+    return summary
+
+
+def fit_lowlevel(
+    ctx: StageContext, data: Prepared, targets: LowLevelTargets, model: nn.Module, pool: Pool, label: str
+) -> dict[str, Any]:
+    """Train a network, called as a BIT is, to predict the low-level tokens; return its summary.
+
+    Output: ``calibration.safetensors``.
+    """
+    config = dict(ctx.config)
 
     def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return lowlevel_loss(bit, batch, targets, config["scale"], generator, keep, ctx.device)
+        return lowlevel_loss(model, batch, targets, config.get("scale"), generator, keep, ctx.device)
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(config["batch"], step, generator)
@@ -254,21 +283,25 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
 
         return {"loss": mean_loss(measured, validation), "correlation": float(torch.cat(correlations).mean())}
 
-    summary = _fit(ctx, bit, batch_loss, validate, "low-level BIT")
-    save_file(bit.state_dict(), ctx.out / "bit.safetensors")
-    matrices = _calibration(bit, validation, targets, ctx.device)
-    save_file({str(k): matrix.contiguous() for k, matrix in enumerate(matrices)}, ctx.out / "calibration.safetensors")
+    summary = _fit(ctx, model, batch_loss, validate, label)
+    model.eval()
+    save_calibration(
+        ctx, validation, targets, lambda b: model(b.betas.to(ctx.device), b.subject.to(ctx.device)).float()
+    )
     return summary
 
 
-def _calibration(bit: BIT, validation: list[Batch], targets: LowLevelTargets, device: str) -> list[Tensor]:
-    """Fit each layer's linear map from predicted to true tokens on the validation images."""
-    bit.eval()
-    with torch.no_grad():
-        pairs = (
-            (bit(batch.betas.to(device), batch.subject.to(device)).float(), targets(batch.rows)) for batch in validation
-        )
-        return fit_calibration(pairs, targets.tokens.layer_sizes)
+@torch.no_grad()
+def save_calibration(
+    ctx: StageContext, validation: Sequence[Batch], targets: LowLevelTargets, predict: Callable[[Batch], Tensor]
+) -> None:
+    """Fit each layer's linear map from predicted to true tokens on the validation images, and keep the maps.
+
+    Output: ``calibration.safetensors``.
+    """
+    pairs = ((predict(batch), targets(batch.rows)) for batch in validation)
+    matrices = fit_calibration(pairs, targets.tokens.layer_sizes)
+    save_file({str(k): matrix.contiguous() for k, matrix in enumerate(matrices)}, ctx.out / "calibration.safetensors")
 
 
 def run_semantic(ctx: StageContext) -> dict[str, Any]:
@@ -276,15 +309,24 @@ def run_semantic(ctx: StageContext) -> dict[str, Any]:
 
     Output: ``bit.safetensors``.
     """
-    config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
     targets = SemanticTargets(ctx.inputs["targets"], ctx.stage.upstream["targets"].config, data, ctx.device)
     bit, pool = _start(ctx, data, targets.tokens, targets.width)
+    summary = fit_semantic(ctx, data, targets, bit, pool, "semantic BIT")
+    save_file(bit.state_dict(), ctx.out / "bit.safetensors")
+    return summary
+
+
+def fit_semantic(
+    ctx: StageContext, data: Prepared, targets: SemanticTargets, model: nn.Module, pool: Pool, label: str
+) -> dict[str, Any]:
+    """Train a network, called as a BIT is, to predict the semantic tokens; return its summary."""
+    config = dict(ctx.config)
 
     def pair(batch: Batch, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         true = targets(batch.rows)
         mask = None if keep is None else keep.to(ctx.device)
-        return bit(batch.betas.to(ctx.device), batch.subject.to(ctx.device), keep=mask).float(), true
+        return model(batch.betas.to(ctx.device), batch.subject.to(ctx.device), keep=mask).float(), true
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(config["batch"], step, generator)
@@ -300,22 +342,20 @@ def run_semantic(ctx: StageContext) -> dict[str, Any]:
             "correlation": float(token_correlation(predicted, true).mean()),
         }
 
-    summary = _fit(ctx, bit, batch_loss, validate, "semantic BIT")
-    save_file(bit.state_dict(), ctx.out / "bit.safetensors")
-    return summary
+    return _fit(ctx, model, batch_loss, validate, label)
 
 
-def _fit(ctx: StageContext, bit: BIT, batch_loss: Any, validate: Any, label: str) -> dict[str, Any]:
+def _fit(ctx: StageContext, model: nn.Module, batch_loss: Any, validate: Any, label: str) -> dict[str, Any]:
     result = train(
-        bit,
+        model,
         batch_loss,
         config=TrainingConfig.model_validate(ctx.config["training"]),
         ctx=ctx,
         label=label,
         validate=validate,
-        parameter_groups={"voxels": [bit.tokenizer.voxel_embeddings]},
+        parameter_groups={"voxels": [model.tokenizer.voxel_embeddings]} if isinstance(model, BIT) else {},
     )
-    return {**result.best, "best_step": result.best_step, "parameters": sum(p.numel() for p in bit.parameters())}
+    return {**result.best, "best_step": result.best_step, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 class BrainToImage(nn.Module):

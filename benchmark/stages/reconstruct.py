@@ -23,8 +23,9 @@ from benchmark.errors import UserError
 from benchmark.networks import FeatureNetwork
 from benchmark.progress import Bar
 from benchmark.stages import image_name, seen_name
+from benchmark.stages.baselines import load_predictor
 from benchmark.stages.bit import build_bit, voxel_layout
-from benchmark.stages.features import LowLevelTargets, as_bytes, read_shapes
+from benchmark.stages.features import LowLevelTargets, as_bytes, as_pixels, read_shapes, semantic_network
 from benchmark.stages.prepare import Prepared
 from methods.brain_it.dip import invert
 from methods.brain_it.generate import GenerationSettings, combined_images, semantic_images
@@ -42,8 +43,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
     """Reconstruct the test images.
 
     Outputs: folders ``seen`` (one PNG an image: ``nsdXXXXX.png``), ``lowlevel``, ``semantic`` and ``combined`` (one PNG
-    an image and subject; with a refiner ``combined`` is refined and ``unrefined`` holds what it was made from), and
-    ``index.npy``, the (subject, NSD id) of each reconstruction. Finished images outlive an interruption.
+    an image and subject; with a refiner ``combined`` is refined and ``unrefined`` holds what it was made from, and
+    ``semantic-refined``, where it is asked for, is made from ``semantic``), and ``index.npy``, the (subject, NSD id) of
+    each reconstruction. Finished images outlive an interruption.
     """
     config = dict(ctx.config)
     data = Prepared(ctx.inputs["data"])
@@ -73,7 +75,9 @@ def reconstruct(ctx: StageContext, data: Prepared, index: np.ndarray, names: Seq
     made = {"lowlevel": work.lowlevel()}
     made["semantic"], made["combined"] = work.generated(made["lowlevel"])
     if ctx.config["refiner"] is not None:
-        made["unrefined"], made["combined"] = made["combined"], work.refined(made["combined"])
+        made["unrefined"], made["combined"] = made["combined"], work.refined(made["combined"], "refined")
+        if ctx.config["refinement"].get("also_semantic"):
+            made["semantic-refined"] = work.refined(made["semantic"], "semantic-refined")
     for kind, folder in made.items():
         for name in work.names:
             image = np.load(folder / f"{name}.npy")
@@ -90,22 +94,61 @@ class _Work:
         self.row = np.array(
             [np.searchsorted(data.seen_ids[p], image) for p, image in zip(self.subject, index[:, 1], strict=True)]
         )
-        self.layout = voxel_layout(data, ctx.inputs["clusters"])
 
     def predictor(self, role: str, branch: str, n_queries: int, width: int) -> Callable[[np.ndarray], Tensor]:
         """Return what predicts the tokens of recordings (by place in ``names``), as a stage trained it."""
-        bit = build_bit(self.config[branch], self.layout, n_queries, width)
+        if "predictor" in self.config[branch]:
+            stand_in = load_predictor(self.ctx, branch, Prepared(self.ctx.inputs["data"]))
+            return lambda places: stand_in(*self.recordings(places))
+        layout = voxel_layout(self.data, self.ctx.inputs["clusters"])
+        bit = build_bit(self.config[branch], layout, n_queries, width)
         bit.load_state_dict(load_file(self.ctx.inputs[role] / "bit.safetensors"))
         bit.to(self.ctx.device).eval()
 
         @torch.no_grad()
         def predict(places: np.ndarray) -> Tensor:
-            betas = torch.from_numpy(self.data.padded_betas(self.subject[places], self.row[places]))
-            subject = torch.from_numpy(self.subject[places])
+            betas, subject = self.recordings(places)
             tokens: Tensor = bit(betas.to(self.ctx.device), subject.to(self.ctx.device)).float()
             return tokens
 
         return predict
+
+    def recordings(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return recordings, B x most voxels, and the positions of their subjects."""
+        betas = self.data.padded_betas(self.subject[places], self.row[places])
+        return torch.from_numpy(betas), torch.from_numpy(self.subject[places])
+
+    def knows(self, branch: str) -> bool:
+        """Return whether a branch is given the true features of what was seen, instead of a prediction."""
+        return bool(self.config[branch].get("predictor") == "oracle")
+
+    def true_lowlevel(self, targets: LowLevelTargets, network: FeatureNetwork) -> Callable[[np.ndarray], Tensor]:
+        """Return what gives the low-level tokens of the images that were seen, on the scale of the targets."""
+        low = self.config["lowlevel"]
+
+        @torch.no_grad()
+        def tokens(places: np.ndarray) -> Tensor:
+            maps = network.features(self.pixels(places, low["input_size"]), low["layers"])
+            return targets.tokens.merge(targets.standardised([maps[layer].float() for layer in low["layers"]]))
+
+        return tokens
+
+    def true_semantic(self) -> Callable[[np.ndarray], Tensor]:
+        """Return what gives the semantic tokens of the images that were seen."""
+        network = semantic_network(self.ctx.stage.upstream["targets"].config).to(self.ctx.device)
+        side = getattr(network, "input_size", None)
+
+        @torch.no_grad()
+        def tokens(places: np.ndarray) -> Tensor:
+            found: Tensor = network(self.pixels(places, side)).float()
+            return found
+
+        return tokens
+
+    def pixels(self, places: np.ndarray, size: int | None) -> Tensor:
+        """Return the images that were seen: B x 3 x S x S in [0, 1], on the device."""
+        ids = [self.data.seen_ids[s][r] for s, r in zip(self.subject[places], self.row[places], strict=True)]
+        return as_pixels(self.data.images[ids], size).to(self.ctx.device)
 
     def blocks(self, steps: Sequence[str], batch: int) -> list[np.ndarray]:
         """Return the batches, always cut alike, of which an image is not there yet in one of ``steps``."""
@@ -140,26 +183,37 @@ class _Work:
         """Invert the predicted low-level tokens; return the folder of the images."""
         ctx, config = self.ctx, self.config
         targets = LowLevelTargets(ctx.inputs["targets"], config["lowlevel"])
-        predict = self.predictor("lowlevel", "lowlevel", targets.tokens.tokens, targets.tokens.width)
         network = networks.feature_network(config["lowlevel_network"]).to(ctx.device)
+        knows = self.knows("lowlevel")
+        if knows:
+            predict = self.true_lowlevel(targets, network)
+        else:
+            predict = self.predictor("lowlevel", "lowlevel", targets.tokens.tokens, targets.tokens.width)
         blocks = self.blocks(["lowlevel"], ctx.stage.hints["dip"])
         total = sum(map(len, blocks)) * config["dip"]["steps"]
         with ctx.progress.bar("deep image prior", total=total) as bar:
             for block in blocks:
                 seeds = [self.seeds[k] for k in block]
-                self.keep("lowlevel", block, _invert(ctx, network, targets, predict(block), seeds, bar))
+                tokens = predict(block) if knows else _scaled(ctx, targets, predict(block))
+                self.keep("lowlevel", block, _invert(ctx, network, targets, tokens, seeds, bar))
         return self.folder("lowlevel")
 
     def generated(self, lowlevel: Path) -> tuple[Path, Path]:
         """Sample images from the semantic tokens, alone and from the low-level images; return the two folders."""
         ctx, config = self.ctx, self.config
-        generator = networks.generator(config["generator"], unet=ctx.inputs["joint"] / "unet.safetensors")
+        joint = ctx.inputs.get("joint")
+        unet = None if joint is None else joint / "unet.safetensors"  # as it was made, or as it was trained with BIT
+        generator = networks.generator(config["generator"], unet=unet)
         generator.vae.to(ctx.device).eval()  # type: ignore[attr-defined]
         generator = replace(generator, unet=placed(generator.unet, ctx))  # type: ignore[arg-type]
         settings = GenerationSettings(
             **{k: config["generation"][k] for k in ("steps", "start_step", "guidance", "offset_noise", "contrast")}
         )
-        predict = self.predictor("joint", "semantic", *read_shapes(ctx.inputs["targets"])["semantic"])
+        role = "semantic" if joint is None else "joint"
+        if self.knows("semantic"):
+            predict = self.true_semantic()
+        else:
+            predict = self.predictor(role, "semantic", *read_shapes(ctx.inputs["targets"])["semantic"])
         blocks = self.blocks(["semantic", "combined"], ctx.stage.hints["generation"])
         with (
             ctx.progress.bar("semantic and combined images", total=2 * sum(map(len, blocks))) as bar,
@@ -174,25 +228,25 @@ class _Work:
                 bar.advance(len(block))
         return self.folder("semantic"), self.folder("combined")
 
-    def refined(self, combined: Path) -> Path:
-        """Refine the combined images; return the folder of the results."""
+    def refined(self, images_of: Path, step: str) -> Path:
+        """Refine the images of a step; return the folder of the results."""
         ctx, config = self.ctx, self.config
         refiner = networks.refiner(config["refiner"])
         refiner.vae.to(ctx.device).eval()  # type: ignore[attr-defined]
         refiner = replace(refiner, unet=placed(refiner.unet, ctx))  # type: ignore[arg-type]
-        settings = RefinementSettings(**config["refinement"])
-        blocks = self.blocks(["refined"], ctx.stage.hints["refinement"])
+        settings = RefinementSettings(**{k: v for k, v in config["refinement"].items() if k != "also_semantic"})
+        blocks = self.blocks([step], ctx.stage.hints["refinement"])
         with (
             ctx.progress.bar("refined images", total=sum(map(len, blocks))) as bar,
             autocast(ctx.device, config["generation"]["precision"]),
         ):
             for block in blocks:
                 seeds = [self.seeds[k] for k in block]
-                images = self.load(combined, block)
+                images = self.load(images_of, block)
                 made = refine(refiner, images, settings, seeds, batch=len(block), device=ctx.device)
-                self.keep("refined", block, made)
+                self.keep(step, block, made)
                 bar.advance(len(block))
-        return self.folder("refined")
+        return self.folder(step)
 
 
 def placed(network: nn.Module, ctx: StageContext) -> nn.Module:
@@ -233,16 +287,21 @@ def _as_saved(image: np.ndarray, size: int | None) -> np.ndarray:
     return (reduced.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _invert(
-    ctx: StageContext, network: FeatureNetwork, targets: LowLevelTargets, tokens: Tensor, seeds: list[int], bar: Bar
-) -> Tensor:
-    """Turn predicted low-level tokens into images (Sec. 3.2, App. D.2)."""
-    low, dip = ctx.config["lowlevel"], ctx.config["dip"]
+def _scaled(ctx: StageContext, targets: LowLevelTargets, tokens: Tensor) -> Tensor:
+    """Bring predicted low-level tokens to the scale of the true ones, as the config says."""
+    dip = ctx.config["dip"]
     if dip["calibrate"]:
         found = load_file(ctx.inputs["lowlevel"] / "calibration.safetensors")
         sizes = targets.tokens.layer_sizes
         tokens = calibrate(tokens, sizes, [found[str(k)] for k in range(len(sizes))])
-    tokens = tokens * dip["gain"]
+    return tokens * dip["gain"]
+
+
+def _invert(
+    ctx: StageContext, network: FeatureNetwork, targets: LowLevelTargets, tokens: Tensor, seeds: list[int], bar: Bar
+) -> Tensor:
+    """Turn low-level tokens into images (Sec. 3.2, App. D.2)."""
+    low, dip = ctx.config["lowlevel"], ctx.config["dip"]
 
     def features(images: Tensor) -> list[Tensor]:
         maps = network.features(images, low["layers"])

@@ -98,21 +98,22 @@ class _Judge:
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Score a variant's combined images, and each branch alone.
+    """Score a variant's combined images, each branch alone, and what else the config asks for.
 
     Outputs: ``scores.parquet`` (track, method, variant, subject, seed, image_id, metric, value; variant is
-    ``combined``, ``lowlevel`` or ``semantic``) and ``protocol.json``.
+    ``combined``, ``lowlevel``, ``semantic``, or the config's ``images``) and ``protocol.json``.
     """
     folder = ctx.inputs["reconstruct"]
     index = np.load(folder / "index.npy")
     judge = _Judge.of(ctx, folder, np.unique(index[:, 1]))
     frames = []
+    kinds = (*KINDS, ctx.config["images"]) if "images" in ctx.config else KINDS
     subjects = sorted(set(index[:, 0].tolist()))
-    with ctx.progress.bar("scores", total=len(subjects) * len(KINDS)) as bar:
+    with ctx.progress.bar("scores", total=len(subjects) * len(kinds)) as bar:
         for subject in subjects:
             ids = index[index[:, 0] == subject, 1]
             names = [image_name(subject, int(image)) for image in ids]
-            for kind in KINDS:
+            for kind in kinds:
                 frames.append(judge.score(read_images(folder / kind, names), subject, ids, METHOD, kind))
                 bar.advance(1, f"subject {subject} {kind}")
     summary = judge.write(index, frames)
@@ -135,9 +136,10 @@ def run_references(ctx: StageContext) -> dict[str, Any]:
         own = np.intersect1d(data.train_ids, data.seen_ids[data.subjects.index(subject)])
         mean = np.rint(data.images[own].mean(0)).astype(np.uint8)
         frames.append(judge.score(np.repeat(mean[None], len(ids), 0), subject, ids, "reference", "mean image"))
-        combined = read_images(folder / "combined", [image_name(subject, int(image)) for image in ids])
+        names = [image_name(subject, int(image)) for image in ids]
+        images = read_images(folder / ctx.config.get("images", "combined"), names)
         wrong = dealt_out(len(ids), ctx.config["seed"], subject)
-        frames.append(judge.score(combined[wrong], subject, ids, "reference", "shuffled"))
+        frames.append(judge.score(images[wrong], subject, ids, "reference", "shuffled"))
     return judge.write(index, frames)
 
 

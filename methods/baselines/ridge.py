@@ -137,6 +137,28 @@ class Ridge:
         return (part.double() for part in targets.split(self.chunk, dim=1))
 
 
+def image_weights(x: Tensor, z: Tensor, alpha: float) -> Tensor:
+    """Return how much the target of each image of ``x`` counts in the prediction for each row of ``z``.
+
+    ``image_weights(x, z, alpha) @ y`` is what ``Ridge([alpha]).fit(x, y).predict(z)`` gives, for targets too many to
+    hold: they can be read image after image. The weights of a prediction sum to one.
+
+    Args:
+        x: (n, voxels) inputs of the fit.
+        z: (m, voxels) inputs to predict for.
+        alpha: the penalty.
+
+    Returns:
+        (m, n), float64.
+    """
+    mean = x.double().mean(0)
+    centred = x.double() - mean
+    kernel = centred @ centred.T
+    kernel.diagonal().add_(alpha)
+    weights = torch.linalg.solve(kernel, centred @ (z.double() - mean).T).T
+    return weights + (1 - weights.sum(1, keepdim=True)) / len(x)
+
+
 def fold_indices(n: int, folds: int, seed: int = 0) -> list[Tensor]:
     """Part 0..n-1 at random into ``folds`` sets whose sizes differ by one at most."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
