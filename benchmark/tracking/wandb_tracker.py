@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import http.client
 import logging
 import netrc
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 PROJECT = "brain-it-bench"
 """W&B project where ``WANDB_PROJECT`` names no other."""
+
+_REACH_S = 15.0
 
 
 class WandbTracker:
@@ -45,9 +50,7 @@ class WandbTracker:
         self._step = 0
         self._outer_environment: dict[str, str | None] = {}
 
-        def start() -> Any:
-            chosen = mode or preferred_mode()
-            chosen = {"run": "online", "dryrun": "offline"}.get(chosen, chosen)  # W&B's older words
+        def start(chosen: str) -> Any:
             self._outer_environment = _redirect(folder, chosen)
             import wandb
 
@@ -75,13 +78,20 @@ class WandbTracker:
                     x_disable_machine_info=True,
                     x_disable_stats=chosen != "online",
                     init_timeout=60.0,
+                    **_often_on_disk(wandb.Settings),
                 ),
             )
             run.define_metric("global_step", hidden=True)
             run.define_metric("*", step_metric="global_step")
             return run
 
-        self._run = self._guard("could not start, this stage is logged to metrics.jsonl only", start)
+        chosen = mode or preferred_mode()
+        chosen = {"run": "online", "dryrun": "offline"}.get(chosen, chosen)  # W&B's older words
+        if chosen == "online" and (why := unreachable()):
+            # W&B would try for a minute, and then keep nothing; compute nodes often have no internet.
+            logger.warning("W&B: %s; this run is kept offline: python -m benchmark.sweep sync uploads it", why)
+            chosen = "offline"
+        self._run = self._guard("could not start, this stage is logged to metrics.jsonl only", lambda: start(chosen))
         if self._run is None:
             self._restore_environment()
 
@@ -105,7 +115,9 @@ class WandbTracker:
         self._call("image", send)
 
     def finish(self, status: Status = "done") -> None:
-        """Close the run with exit code 0 if ``done``, else 1, so that W&B shows it as failed."""
+        """Close the run with exit code 0 if ``done``, else 1: W&B shows it as failed, or as preempted."""
+        if status == "interrupted":
+            self._call("finish", lambda run: run.mark_preempting())
         self._call("finish", lambda run: run.finish(exit_code=0 if status == "done" else 1))
         self._run = None
         self._restore_environment()
@@ -134,24 +146,49 @@ class WandbTracker:
         self._outer_environment = {}
 
 
+def _often_on_disk(settings: Any) -> dict[str, Any]:
+    """W&B keeps up to 15 s of a run in memory, which a killed job would lose; older releases wrote at once."""
+    name = "x_transaction_log_flush_interval"
+    return {name: 1.0} if name in getattr(settings, "model_fields", {}) else {}
+
+
 def preferred_mode() -> str:
     """Return ``WANDB_MODE``, else what ``wandb online|offline`` chose, else ``online`` if logged in, else ``offline``.
 
     Looks at the environment and at files only, never at the network.
     """
     settings = _user_settings()
-    return os.environ.get("WANDB_MODE") or settings.get("mode") or ("online" if _logged_in(settings) else "offline")
+    return os.environ.get("WANDB_MODE") or settings.get("mode") or ("online" if logged_in() else "offline")
 
 
-def _logged_in(settings: Mapping[str, str]) -> bool:
-    """Whether a key for the user's W&B server lies in the environment, in W&B's settings or in netrc."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.get("api_key"):
+def server() -> str:
+    """Return the address of the user's W&B server."""
+    return os.environ.get("WANDB_BASE_URL") or _user_settings().get("base_url") or "https://api.wandb.ai"
+
+
+def unreachable() -> str:
+    """Ask the user's W&B server for anything at all; return why there is no answer, or nothing where there is one."""
+    address = server()
+    try:
+        # Any HTTP answer will do; the proxies of the environment are used, as W&B does.
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_REACH_S).close()
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"{address} cannot be reached ({getattr(error, 'reason', error)})"
+    return ""
+
+
+def logged_in() -> bool:
+    """Return whether a key for the user's W&B server lies in the environment, in W&B's settings or in netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
+    if _user_settings().get("api_key"):
+        return True
     candidates = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for candidate in candidates:
         try:
-            entry = netrc.netrc(str(Path(candidate).expanduser())).authenticators(urlsplit(server).netloc)
+            entry = netrc.netrc(str(Path(candidate).expanduser())).authenticators(urlsplit(server()).netloc)
         except (OSError, RuntimeError, netrc.NetrcParseError):
             continue
         if entry and entry[2]:
