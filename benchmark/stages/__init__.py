@@ -353,13 +353,9 @@ def _clustering(
     settings = variant.clustering.model_dump(mode="json")
     if not variant.needs_anatomy:
         functional = {name: value for name, value in settings.items() if name != "method"}
-        return {
-            "config": {**functional, "seed": variant.seed},
-            "upstream": {"encoder": encoder},
-            "code_version": 2
-            if variant.clustering.covariance == "full"
-            else 1,  # whose fit is no longer scikit-learn's
-        }
+        version = 2 if variant.clustering.covariance == "full" else 1  # whose fit is no longer scikit-learn's
+        config = {**functional, "seed": variant.seed}
+        return {"config": config, "upstream": {"encoder": encoder}, "code_version": version}
     by_place = variant.clustering.method == "coordinates"
     own = {"n_clusters": variant.clustering.n_clusters, "seed": variant.seed} if by_place else {}
     anatomy = Stage(
