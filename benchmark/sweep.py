@@ -11,7 +11,11 @@ import contextlib
 import sys
 
 from benchmark.cli import Parser, main_guard
+from benchmark.errors import UserError, did_you_mean
 from benchmark.running import add_arguments, run_sweep
+
+COMMANDS = ("status", "logs", "cancel", "retry", "sync")
+"""What is done with a sweep that was submitted; no sweep may have such a name."""
 
 EXAMPLES = """\
 examples:
@@ -22,6 +26,15 @@ examples:
   python -m benchmark.sweep clusters --dry-run         what would run, and why
   python -m benchmark.sweep clusters --data DIR        on an NSD tree
   python -m benchmark.sweep clusters --set lowlevel.training.steps=800 --out runs-800
+
+on a Slurm cluster (docs/clusters.md):
+  python -m benchmark.sweep clusters --launcher slurm  submit it, and return
+  python -m benchmark.sweep status clusters            what waits, runs, failed and is done; --wait follows
+  python -m benchmark.sweep logs clusters [STAGE]      what the jobs printed
+  python -m benchmark.sweep cancel clusters [STAGE]    stop them
+  python -m benchmark.sweep retry clusters [STAGE]     submit again what failed, and what that held up
+  python -m benchmark.sweep sync clusters              upload its offline W&B runs
+  Each has options of its own: python -m benchmark.sweep status --help
 
 The same command again continues where it stopped: finished stages are never computed twice.
 exit codes: 0 fine, 1 a stage failed, 2 the call or its input is wrong"""
@@ -35,7 +48,7 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("sweep", metavar="NAME", help="a sweep, or 'list'")
+    p.add_argument("sweep", metavar="NAME", help="a sweep, or 'list'; or one of the commands below")
     p.add_argument("--only", metavar="VALUE[,VALUE]", help="run only these of the sweep's values, e.g. 64,128")
     add_arguments(p)
     return p
@@ -43,6 +56,13 @@ def parser() -> Parser:
 
 def main() -> int:
     """Run the command line."""
+    first, *rest = sys.argv[1:] or [""]
+    if first in COMMANDS:
+        from benchmark.launch.commands import run
+
+        return run(first, rest)
+    if rest and not rest[0].startswith("-") and (near := did_you_mean(first, COMMANDS)):
+        raise UserError(f"unknown command '{first}'{near}")
     args = parser().parse_args()
     if args.sweep == "list":
         return _list()

@@ -204,17 +204,23 @@ def report(
     patient = watch is not None
     watch = watch or Watch()
     status = Status(submission, (), name or submission.sweep, submission.out if out is None else out)
+    stages = {stage.fingerprint: stage for stage in submission.stages}
     # One listing a stage name, instead of several looks a stage: over NFS each costs a millisecond.
     there = {name: _listing(store.root / name) for name in {_name(stage) for stage in submission.stages}}
     seen = {stage.fingerprint: _look(store, there, stage, submission.created) for stage in submission.stages}
-    asked = [stage.job for stage in submission.stages if stage.job and seen[stage.fingerprint].state != "done"]
+    jobless = {key for key, stage in stages.items() if not stage.job and seen[key].state != "done"}
+    if jobless and submission.id:
+        for key, (earlier, created) in _earlier(store, submission, jobless).items():
+            stages[key] = earlier
+            seen[key] = _look(store, there, earlier, created)
+    asked = [stage.job for key, stage in stages.items() if stage.job and seen[key].state != "done"]
     jobs, trouble = watch.look(asked) if submission.id else (None, "")
-    cancelled = frozenset(_json(_cancelled_path(store, submission))) if submission.id else frozenset()
+    cancelled = frozenset(_json(_cancelled_path(store)))
     arrays = frozenset(queue.base_id(job) for job in jobs or ())
     slurm = None if jobs is None else _Slurm(jobs, arrays, cancelled, watch if patient else None)
     rows: dict[str, Row] = {}
     titles = Counter(stage.title for stage in submission.stages)
-    for stage in submission.stages:
+    for stage in stages.values():
         found = seen[stage.fingerprint]
         row = _row(store, stage, found, slurm, [rows[need] for need in stage.needs if need in rows])
         if row.state in ENDED_BADLY:
@@ -321,7 +327,8 @@ class Cancellation:
 def to_cancel(store: Store, status: Status, words: Sequence[str] = ()) -> Cancellation:
     """Say what a cancel of these stages (of all, by default) would stop; stops nothing.
 
-    Jobs of another submission, and own ones for which a live job of another submission waits, go on unless named.
+    Jobs of another sweep (of another submission, where one is asked for by its id), and own ones for which a live job
+    of another waits, go on unless their stages are named.
 
     Raises:
         UserError: a word that names no stage.
@@ -334,8 +341,14 @@ def to_cancel(store: Store, status: Status, words: Sequence[str] = ()) -> Cancel
     if words:
         kept: list[Row] = []
     else:
-        wanted = _wanted_elsewhere(store, status.submission, {row.stage.fingerprint for row in chosen})
-        kept = [row for row in chosen if row.stage.shared or row.stage.fingerprint in wanted]
+        own: list[Submission] = []
+        others: list[Submission] = []
+        for record in submissions.history(store):
+            ours = record.id == status.submission.id or status.name == record.sweep
+            (own if ours else others).append(record)
+        mine = {one.job for record in own for one in record.stages if not one.shared}
+        wanted = _wanted_by(others, {row.stage.fingerprint for row in chosen})
+        kept = [row for row in chosen if row.stage.job not in mine or row.stage.fingerprint in wanted]
     held = {row.stage.fingerprint for row in kept}
     jobs = [row for row in chosen if row.stage.fingerprint not in held]
     stopped = {row.stage.fingerprint for row in jobs}
@@ -355,7 +368,7 @@ def cancel(store: Store, status: Status, rows: Sequence[Row]) -> None:
     """
     ids = [row.stage.job for row in rows]
     queue.cancel(ids)
-    path = _cancelled_path(store, status.submission)
+    path = _cancelled_path(store)
     kept = _json(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, kept | dict.fromkeys(ids, now()))
@@ -594,12 +607,22 @@ def _last_words(log: str) -> str:
     return telling[-1][:300] if telling else ""
 
 
-def _wanted_elsewhere(store: Store, submission: Submission, fingerprints: set[str]) -> set[str]:
-    """Return which of these stages, or what they need, a live job of another submission waits for."""
-    others = []
+def _earlier(store: Store, submission: Submission, fingerprints: set[str]) -> dict[str, tuple[SubmittedStage, str]]:
+    """Return these stages as the last submission before recorded them that had jobs for them, and when that was."""
+    found: dict[str, tuple[SubmittedStage, str]] = {}
     for record in submissions.history(store):
-        if record.id != submission.id and any(one.shared and one.fingerprint in fingerprints for one in record.stages):
-            others.append(record)
+        if record.id != submission.id and record.created <= submission.created:
+            for one in record.stages:
+                if one.job and one.fingerprint in fingerprints and one.fingerprint not in found:
+                    found[one.fingerprint] = (replace(one, shared=True), record.created)
+    return found
+
+
+def _wanted_by(records: Sequence[Submission], fingerprints: set[str]) -> set[str]:
+    """Return which of these stages live jobs of other submissions wait for, themselves or for what they need."""
+    others = [
+        record for record in records if any(one.shared and one.fingerprint in fingerprints for one in record.stages)
+    ]
     jobs = {one.job for record in others for one in record.stages if one.job and not one.shared}
     live = queue.live_jobs(jobs) if jobs else {}
     wanted: set[str] = set()
@@ -610,8 +633,8 @@ def _wanted_elsewhere(store: Store, submission: Submission, fingerprints: set[st
     return wanted & fingerprints
 
 
-def _cancelled_path(store: Store, submission: Submission) -> Path:
-    return submissions.logs(store, submission.id) / CANCELLED
+def _cancelled_path(store: Store) -> Path:
+    return submissions.folder(store).parent / CANCELLED
 
 
 def _listing(folder: Path) -> set[str]:

@@ -49,8 +49,13 @@ class Uploaded:
 def offline_runs(title: str, folder: Path) -> StageRuns:
     """Return the offline runs under ``folder``, a stage's tracking folder."""
     files = sorted(path for path in folder.glob("wandb/offline-run-*/run-*.wandb") if path.stat().st_size > _HEADER)
-    waiting = tuple(path for path in files if not _is_synced(path))
+    waiting = tuple(path for path in files if is_waiting(path))
     return StageRuns(title, waiting, tuple(path for path in files if path not in waiting))
+
+
+def is_waiting(path: Path) -> bool:
+    """Return whether the run in this file was not uploaded yet."""
+    return not _mark(path).exists()
 
 
 def upload(stages: Sequence[StageRuns], on_end: Callable[[Uploaded], None] = lambda one: None) -> list[Uploaded]:
@@ -76,10 +81,10 @@ def upload(stages: Sequence[StageRuns], on_end: Callable[[Uploaded], None] = lam
             some = left[start : start + _TOGETHER]
             errors = _sync([path for stage in some for path in stage.waiting], Path(scratch))
             for stage in some:
-                lacking = [path for path in stage.waiting if not _is_synced(path)]
+                lacking = [path for path in stage.waiting if is_waiting(path)]
                 if lacking and len(some) > 1:  # alone, to learn what is wrong with it and not with another
                     errors = _sync(lacking, Path(scratch))
-                lacking = [path for path in lacking if not (_is_synced(path) or _cut_off(path, errors))]
+                lacking = [path for path in lacking if is_waiting(path) and not _cut_off(path, errors)]
                 told = (errors[-1] if errors else "W&B did not say why") if lacking else ""
                 ended.append(Uploaded(stage, len(stage.waiting) - len(lacking), told))
                 on_end(ended[-1])
@@ -156,10 +161,6 @@ def _patience(process: subprocess.Popen[str]) -> threading.Timer:
     timer.daemon = True
     timer.start()
     return timer
-
-
-def _is_synced(path: Path) -> bool:
-    return _mark(path).exists()
 
 
 def _mark(path: Path) -> Path:
