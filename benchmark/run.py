@@ -8,7 +8,7 @@ import os
 import sys
 
 from benchmark.cli import Parser, main_guard
-from benchmark.running import add_arguments, read_settings, run_sweep, show
+from benchmark.running import add_arguments, read_settings, run_sweep, show, sweep_of
 
 EXAMPLES = """\
 examples:
@@ -43,13 +43,9 @@ def main() -> int:
     args = parser().parse_args()
     if args.smoke:
         return _smoke(args)
-    from benchmark.sweeps import Sweep, SweepAxis
-
-    seed = 0 if args.seed is None else args.seed
-    args.seed = None  # it is the axis
-    axis = SweepAxis(name="seed", setting="seed", values=(seed,), quick=(seed,), main=seed)
-    one = Sweep(name="run", title="One variant", question="How good is this variant?", answers="none", axis=axis)
-    return run_sweep(one, args)
+    # The seed is what this sweep of one variant varies.
+    args.sweep, args.variant_seed, args.seed = "run", args.seed or 0, None
+    return run_sweep(sweep_of(args), args)
 
 
 def _smoke(args: argparse.Namespace) -> int:
@@ -64,6 +60,8 @@ def _smoke(args: argparse.Namespace) -> int:
 
     if args.quick or args.data is not None:
         raise UserError("--smoke draws its own data at full size; leave out --quick and --data")
+    if args.launcher != "inline":
+        raise UserError(f"--smoke runs in this process; leave out --launcher {args.launcher}")
     device = choose_device(args.device)
     variant = smoke_variant(PRESETS[args.preset](), gpu=device != "cpu").with_settings(read_settings(args.set))
     stages = smoke_stages(variant, free_memory(device))

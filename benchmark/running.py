@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from benchmark.sweeps import Sweep
 
 
+INTERRUPTED = 130  # Ctrl-C
+
+
 def add_arguments(p: Parser) -> None:
     """Add the options that say what runs, on what, and where."""
     p.add_argument("--preset", choices=("demo", "paper"), default="demo", help="sizes and networks (default: demo)")
@@ -199,7 +202,7 @@ def run_sweep(
         )
         if cluster is not None:
             code = _submit(cluster, plan, store, options, sweep, args, only, command or typed_command())
-            if not args.wait:
+            if not args.wait or code == INTERRUPTED:
                 return code
             finished = {stage.fingerprint for stage in plan.stages if store.is_done(stage)}
         else:
@@ -244,7 +247,7 @@ def _submit(
     if args.wait:
         from benchmark.launch.control import follow
 
-        return follow(store, record)
+        return follow(store, record, sweep.name, str(args.out))
     where = "" if args.out == Path("runs") else f" --out {shlex.quote(str(args.out))}"
     print(
         f"next: python -m benchmark.sweep status {sweep.name}{where}\n"
@@ -252,6 +255,28 @@ def _submit(
         flush=True,
     )
     return 0
+
+
+def one_variant(seed: int) -> Sweep:
+    """Return what ``benchmark.run`` runs: a sweep of one variant."""
+    from benchmark.sweeps import Sweep, SweepAxis
+
+    axis = SweepAxis(name="seed", setting="seed", values=(seed,), quick=(seed,), main=seed)
+    return Sweep(name="run", title="One variant", question="How good is this variant?", answers="none", axis=axis)
+
+
+def sweep_of(args: argparse.Namespace) -> Sweep:
+    """Return the sweep that the options name, with the values that they choose.
+
+    Raises:
+        UserError: no such sweep, or it has no such value.
+    """
+    from benchmark.sweeps import load_sweep
+
+    if args.sweep == "run":
+        return one_variant(args.variant_seed)
+    sweep = load_sweep(args.sweep)
+    return sweep if args.only is None else sweep.only([value.strip() for value in args.only.split(",")])
 
 
 def typed_command() -> str:

@@ -408,13 +408,31 @@ def test_the_command_submits_and_returns(fake: Fake, sweep_here: Run, tmp_path: 
     assert f"next: python -m benchmark.sweep status clusters --out {tmp_path}/runs" in lines
     record = submissions.find(Store(tmp_path / "runs" / "store"), "clusters")
     assert record.command.endswith(f"clusters --quick --launcher slurm --profile {profile} --out {tmp_path}/runs")
-    from benchmark.running import restore_arguments, save_arguments
+    from benchmark.running import restore_arguments, save_arguments, sweep_of
+    from benchmark.sweeps import load_sweep
 
     args = restore_arguments(record.arguments)
     assert args.out == tmp_path / "runs" and args.profile == profile and args.quick and args.data is None
     assert save_arguments(args) == dict(record.arguments)
+    assert sweep_of(args) == load_sweep("clusters")
     dry = sweep_here(*run[:-1], tmp_path / "other", "--dry-run")
     assert dry.code == 0 and "as 12 jobs of Slurm:" in dry.out and not (tmp_path / "other").exists()
+
+
+def test_a_single_variant_is_submitted_too(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from benchmark import run
+    from benchmark.cli import main_guard
+    from benchmark.running import restore_arguments, sweep_of
+
+    arguments = ["--quick", "--seed", "3", "--device", "cpu", "--launcher", "slurm", "--out", str(tmp_path / "runs")]
+    (tmp_path / "p.yaml").write_text("partition: gpu\n")
+    monkeypatch.setattr(sys, "argv", ["benchmark.run", *arguments, "--profile", str(tmp_path / "p.yaml")])
+    assert main_guard(run.main) == 0
+    record = submissions.find(Store(tmp_path / "runs" / "store"), "run")
+    assert sweep_of(restore_arguments(record.arguments)).axis.values == (3,)
+    assert "gpus-per-node" not in {option for own in fake.options().values() for option in own}
 
 
 @pytest.mark.parametrize(
@@ -541,7 +559,7 @@ def test_ids_are_never_used_twice(store: Store, monkeypatch: pytest.MonkeyPatch)
 # --- scale ------------------------------------------------------------------------------------------------------------
 
 SCALE = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from dataclasses import replace
 from benchmark.graph import Plan, Stage
@@ -571,8 +589,10 @@ launcher = SlurmLauncher(Profile(partition="gpu"), parallel=64)
 arrays, asks = launcher.arrays(decisions, max_size=1001)
 scripts = launcher.render(decisions, arrays, asks, Path(sys.argv[1]) / "logs")
 ended = time.process_time()
+# Not getrusage, which remembers the process that this one was forked from.
+peak = 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 print(json.dumps({"stages": len(plan.stages), "arrays": len(arrays), "scripts": len(scripts), "seconds": ended - started,
-    "parts": [built - started, decided - built, ended - decided], "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    "parts": [built - started, decided - built, ended - decided], "bytes": peak}))
 """  # fmt: skip
 
 
