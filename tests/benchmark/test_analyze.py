@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,9 @@ def test_the_files_and_their_numbers(tiny_run: Any, made: Path) -> None:
     }
     for name in ("spatial", "cortex", "semantic"):
         with Image.open(made / f"{name}.png") as picture:
-            assert picture.mode == "RGB" and min(picture.size) > 150 and len(picture.convert("P").getcolors() or ()) > 20
+            assert (
+                picture.mode == "RGB" and min(picture.size) > 150 and len(picture.convert("P").getcolors() or ()) > 20
+            )
     record = read_json(made / "attention.json")
     data = Prepared(tiny_run.folder("prepare", "clusters=32"))
     layout = voxel_layout(data, tiny_run.folder("clusters", "clusters=32"))
@@ -266,6 +269,67 @@ def test_the_script_is_one_that_a_browser_reads() -> None:
         pytest.skip("no node here to parse the script")
     script = Path(sys.modules["benchmark.analyze"].__file__ or "").with_name("page.js")
     assert subprocess.run([node, "--check", script], capture_output=True).returncode == 0
+
+
+_VISITOR = """
+<script>
+const tokens = [...document.querySelectorAll("#tokens button")];
+const said = () => document.querySelector("#detail h2")?.textContent ?? "";
+const found = {tokens: tokens.length, fits: document.documentElement.scrollWidth <= innerWidth, first: said()};
+const one = (token) => document.querySelector(`[data-token="${token}"]`);
+one(3).dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"}));
+found.hovered = said();
+one(5).dispatchEvent(new PointerEvent("pointerenter", {pointerType: "touch"}));
+found.swept = said();
+one(7).click();
+found.tapped = said();
+one(3).dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"}));
+document.querySelector("#tokens").dispatchEvent(new PointerEvent("pointerleave"));
+found.left = said();
+found.voxels = [...document.querySelectorAll("#detail td")].map((cell) => Number(cell.textContent));
+found.pictures = document.querySelectorAll("#detail .top canvas").length;
+const pixels = (canvas) => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
+found.map = pixels(document.querySelector("#detail canvas.map")).filter((_, k) => k % 4 === 0);
+document.querySelector("#grid").value = "0";
+document.querySelector("#grid").dispatchEvent(new Event("change"));
+found.side = document.querySelector("#detail canvas.map").width;
+document.querySelector("#detail button").click();
+found.closed = said();
+document.title = JSON.stringify(found);
+</script></body>"""
+
+
+@pytest.mark.parametrize("size", ["1280,900", "500,900"])
+def test_a_visitor_sees_each_tokens_voxels_map_and_images(made: Path, tmp_path: Path, size: str) -> None:
+    browser = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if browser is None:
+        pytest.skip("no Chromium here")
+    page = tmp_path / "page.html"
+    page.write_text((made / "index.html").read_text().replace("</body>", _VISITOR))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--window-size={size}",
+        f"--user-data-dir={tmp_path / 'b'}",
+    ]
+    answer = subprocess.run(
+        [browser, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    title = re.search("<title>(.*?)</title>", answer.stdout, re.S)
+    assert title is not None
+    found = json.loads(unescape(title.group(1)))
+    record, maps = read_json(made / "attention.json"), load_file(made / "maps.safetensors")
+    wide = size == "1280,900"
+    assert found["tokens"] == 32 and found["fits"], "the page is as wide as its window"
+    assert found["first"].startswith("Token") is wide, "on a small screen nothing covers the tokens at first"
+    assert (found["hovered"], found["swept"]) == ("Token 3", "Token 3"), "a finger that scrolls chooses nothing"
+    assert found["tapped"] == found["left"] == "Token 7", "a tapped token stays"
+    assert found["voxels"] == list(record["tokens"][7]["voxels"].values()) and found["pictures"] == 8
+    assert found["map"] == shades(maps["low-level block0"][7]).ravel().tolist()
+    assert found["side"] == 4 and found["closed"] == ""
 
 
 def test_validation_images_and_some_of_them(tiny_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
