@@ -125,7 +125,11 @@ def first_trials(data: Trials, subject: int, amount: str | int = "1h") -> Select
     Raises:
         UserError: an amount that is not known or more than a session, or data without single trials.
     """
-    session = data.trials(subject)[0]
+    return select_trials(data.trials(subject)[0], data.shared_ids, subject, amount)
+
+
+def select_trials(session: np.ndarray, shared_ids: np.ndarray, subject: int, amount: str | int = "1h") -> Selection:
+    """Choose from the images shown in a subject's first session, one a trial; as :func:`first_trials` does."""
     if isinstance(amount, str):
         if amount not in AMOUNTS:
             known = ", ".join(AMOUNTS)
@@ -137,7 +141,7 @@ def first_trials(data: Trials, subject: int, amount: str | int = "1h") -> Select
         shown = amount
     if not 1 <= shown <= len(session):
         raise UserError(f"{shown} trials of a new subject: expected 1 to {len(session)}, as its first session has")
-    trials = np.flatnonzero(~np.isin(session[:shown], data.shared_ids))
+    trials = np.flatnonzero(~np.isin(session[:shown], shared_ids))
     if not len(trials):
         raise UserError(f"the first {shown} trials of subject {subject} show shared images only; take more")
     return Selection(trials, session[trials], shown)

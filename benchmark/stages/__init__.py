@@ -85,7 +85,7 @@ def variant_stages(
     prepare: Stage | None = None,
     absent: str | None = None,
 ) -> VariantStages:
-    """Return the stages of ``variant``.
+    """Return the stages of ``variant``; of a transfer, those of its base models too (:func:`transfer_stages`).
 
     Args:
         variant: what to run.
@@ -97,6 +97,11 @@ def variant_stages(
     Raises:
         UserError: a network that this release cannot load, or a setting that it does not know.
     """
+    new, variant_label = variant.transfer.subject, label
+    if new is not None:
+        label = f"without subject {new}"
+        if prepare is not None:
+            raise UserError("transfer.subject needs the data set; leave it out here")
     seed, networks = variant.seed, variant.networks
     weights = network_digests(networks.roles(), absent)
     memory = {name: value for name, value in variant.memory.model_dump().items() if value}
@@ -137,6 +142,7 @@ def variant_stages(
             "validation_fraction": data.validation_fraction,
             "validation_seed": data.validation_seed,
             "external_images": data.external_images,
+            **({} if new is None else {"leave_out": new}),
         },
         upstream=prepare_upstream,
         digests=digests,
@@ -310,9 +316,124 @@ def variant_stages(
         if lowlevel is None or semantic is None:
             raise UserError("generation.test_set 'nsd-synthetic' is for what was recorded; predictor oracle knows NSD")
         synthetic = _on_synthetic(reconstruct, prepare, prepare_upstream, digests)
-    return VariantStages(
+    own = VariantStages(
         prepare, encoder, clusters, lowlevel, semantic, joint, reconstruct, score, references, synthetic
     )
+    return own if new is None else transfer_stages(variant, own, variant_label)
+
+
+def transfer_stages(variant: Variant, base: VariantStages, label: str) -> VariantStages:
+    """Return the stages that bring a new subject's voxels into trained base models.
+
+    Only what depends on the amount of its data differs between the amounts: they share the base models, and what the
+    frozen networks say of the images that it saw.
+
+    Args:
+        variant: what to run; its ``transfer`` says for whom.
+        base: the stages over the data of all others.
+        label: how people know the variant.
+    """
+    assert base.lowlevel is not None and base.semantic is not None and base.joint is not None
+    transfer, prepare, encoder = variant.transfer, base.prepare, base.encoder
+    targets, external = encoder.upstream["targets"], base.lowlevel.upstream["external"]
+    whose = f"subject {transfer.subject}"
+    amount = {"amount": transfer.amount}
+    data = Stage(
+        name="transfer-data",
+        run="benchmark.stages.transfer:run_data",
+        config={
+            **{name: prepare.config[name] for name in ("image_size", "validation_fraction", "validation_seed")},
+            "subject": transfer.subject,
+        },
+        upstream={**prepare.upstream, "base": prepare},
+        label=whose,
+    )
+    own_targets = replace(targets, name="transfer-targets", upstream={"data": data}, label=whose)
+    read = {"data": data, "base": prepare}
+
+    def table(name: str) -> dict[str, Any]:
+        settings = getattr(transfer, name).model_dump(mode="json")
+        return {**amount, "seed": variant.seed, "table": settings}
+
+    adapted = Stage(
+        name="transfer-encoder",
+        run="benchmark.stages.transfer:run_encoder",
+        config={
+            **{name: value for name, value in external.config.items() if name != "store"},
+            "voxels_per_example": variant.encoder.voxels_per_example,
+            **table("encoder"),
+        },
+        upstream={**read, "targets": own_targets, "encoder": encoder},
+        digests=encoder.digests,
+        label=label,
+        resources=GPU,
+    )
+    predicts = {**read, "base_targets": targets, "encoder": encoder, "adapted": adapted}
+    predicted = Stage(
+        name="transfer-external",
+        run="benchmark.stages.transfer:run_external",
+        config={**external.config, **amount},
+        upstream=predicts,
+        digests=external.digests,
+        label=label,
+        resources=GPU,
+    )
+    clusters = Stage(
+        name="transfer-clusters",
+        run="benchmark.stages.transfer:run_clusters",
+        config={},
+        upstream={"encoder": encoder, "clusters": base.clusters, "adapted": adapted},
+        label=label,
+    )
+    learns = {**predicts, "targets": own_targets, "external": predicted, "clusters": clusters}
+    sizes = ("dim", "depth", "heads", "voxels_per_example")
+    used = {} if variant.data.external_used == 1 else {"external_used": variant.data.external_used}
+    mixed = {"real_every": transfer.real_every, **used}
+    lowlevel = Stage(
+        name="transfer-lowlevel",
+        run="benchmark.stages.transfer:run_lowlevel",
+        config={
+            **{name: base.lowlevel.config[name] for name in (*sizes, *_LOWLEVEL_TARGETS, "scale")},
+            **table("lowlevel"),
+            **mixed,
+        },
+        upstream={**learns, "lowlevel": base.lowlevel},
+        label=label,
+        resources=GPU,
+    )
+    semantic = Stage(
+        name="transfer-semantic",
+        run="benchmark.stages.transfer:run_semantic",
+        config={**{name: base.semantic.config[name] for name in sizes}, **table("semantic"), **mixed},
+        upstream={**learns, "semantic": base.semantic},
+        label=label,
+        resources=GPU,
+    )
+    joint = Stage(
+        name="transfer-joint",
+        run="benchmark.stages.transfer:run_joint",
+        config={
+            **{name: base.joint.config[name] for name in ("bit", "generator", "offset_noise")},
+            **table("joint"),
+            **mixed,
+        },
+        upstream={**learns, "semantic": semantic, "joint": base.joint},
+        digests=base.joint.digests,
+        hints=base.joint.hints,
+        label=label,
+        resources=JOINT,
+    )
+    trained = {"lowlevel": lowlevel, "base_lowlevel": base.lowlevel, "joint": joint, "base_joint": base.joint}
+    reconstruct = replace(
+        base.reconstruct,
+        name="transfer-reconstruct",
+        run="benchmark.stages.transfer:run_reconstruct",
+        upstream={"data": data, "targets": targets, "clusters": clusters, **trained},
+        label=label,
+    )
+    score = replace(base.score, upstream={"reconstruct": reconstruct}, label=label)
+    references = replace(base.references, upstream={"data": data, "reconstruct": reconstruct}, label=label)
+    return VariantStages(prepare, adapted, clusters, lowlevel, semantic, joint, reconstruct, score, references)
 
 
 def _stand_in(part: LowLevelConfig | SemanticConfig, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,31 +36,54 @@ def run_simulate(ctx: StageContext) -> dict[str, Any]:
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """Read the data; write images, averaged betas and the split.
+    """Read the data; write images, averaged betas and the split; without the subject that a transfer leaves out.
 
     Outputs: ``images.npy`` (images x S x S x 3 uint8, row = NSD id), ``external.npy`` (likewise), for each subject
     ``betas_subjX.npy`` (images seen x voxels: z-scored per session, repeats averaged; float32, from a store float16)
     with ``ids_subjX.npy`` (ascending NSD ids), and ``meta.json``.
     """
     source = source_of(ctx)
-    count = _from_store(ctx, source) if isinstance(source, PreparedData) else _from_tree(ctx, source)
-    splits = make_splits(source, seed=ctx.config["validation_seed"], fraction=ctx.config["validation_fraction"])
+    subjects = source.subjects
+    if "leave_out" in ctx.config:
+        subjects = without(source, ctx.config["leave_out"])
+    count = _store_images(ctx, source) if isinstance(source, PreparedData) else _tree_images(ctx, source)
+    write_averages(ctx, source, subjects)
+    return {**write_meta(ctx, source, subjects), "external images": count}
+
+
+def without(source: NSD | PreparedData, subject: int) -> tuple[int, ...]:
+    """Return the subjects of the data but one.
+
+    Raises:
+        UserError: the data do not have it, or nobody else.
+    """
+    named = ", ".join(map(str, source.subjects))
+    if subject not in source.subjects:
+        raise UserError(f"transfer.subject is {subject}; the data have subjects {named}")
+    others = tuple(other for other in source.subjects if other != subject)
+    if not others:
+        raise UserError(f"transfer.subject is {subject}, and the data have nobody else to train the base models on")
+    return others
+
+
+def write_meta(ctx: StageContext, source: NSD | PreparedData, subjects: Sequence[int]) -> dict[str, Any]:
+    """Split what the subjects saw as the config says, and write ``meta.json``; return how much there is."""
+    splits = make_splits(source, subjects, ctx.config["validation_seed"], ctx.config["validation_fraction"])
     meta = {
         "image_size": ctx.config["image_size"],
-        "subjects": list(source.subjects),
-        "n_voxels": [source.n_voxels(subject) for subject in source.subjects],
+        "subjects": list(subjects),
+        "n_voxels": [source.n_voxels(subject) for subject in subjects],
         "train_ids": np.sort(np.concatenate(list(splits.train.values()))).tolist(),
         "validation_ids": np.sort(np.concatenate(list(splits.validation.values()))).tolist(),
         "shared_ids": np.asarray(source.shared_ids).tolist(),
     }
     (ctx.out / "meta.json").write_text(json.dumps(meta) + "\n")
     return {
-        "subjects": len(source.subjects),
+        "subjects": len(subjects),
         "voxels": sum(meta["n_voxels"]),
         "train images": len(meta["train_ids"]),
         "validation images": len(meta["validation_ids"]),
         "test images": len(splits.test),
-        "external images": count,
     }
 
 
@@ -93,12 +116,12 @@ def open_data(root: Path) -> NSD | PreparedData:
     return tree
 
 
-def _from_store(ctx: StageContext, store: PreparedData) -> int:
-    """Take the arrays of a prepared store, without copying them where the file system can; return the external ones."""
+def _store_images(ctx: StageContext, store: PreparedData) -> int:
+    """Take the images of a prepared store, without copying them where the file system can; return the external ones."""
     size, limit = ctx.config["image_size"], ctx.config["external_images"]
     ids = store.image_ids
     if np.array_equal(ids, np.arange(len(ids))):
-        _take(store.root / f"images_{size}.npy", ctx.out / "images.npy", store.images(size))
+        take(store.root / f"images_{size}.npy", ctx.out / "images.npy", store.images(size))
     else:  # rows are NSD ids here; images that the store lacks stay black, and nothing reads them
         shape = (int(ids.max()) + 1, size, size, 3)
         images = np.lib.format.open_memmap(ctx.out / "images.npy", "w+", np.uint8, shape)
@@ -107,18 +130,14 @@ def _from_store(ctx: StageContext, store: PreparedData) -> int:
         images.flush()
     count = len(store.external_names) if limit is None else min(limit, len(store.external_names))
     if count and count == len(store.external_names):
-        _take(store.root / f"external_{size}.npy", ctx.out / "external.npy", store.external(size))
+        take(store.root / f"external_{size}.npy", ctx.out / "external.npy", store.external(size))
     else:
         some = store.external(size)[:count] if count else np.empty((0, size, size, 3), np.uint8)
         np.save(ctx.out / "external.npy", some)
-    for subject in store.subjects:
-        array = store.averaged(subject)
-        _take(store.root / subject_folder(subject) / "averaged.npy", ctx.out / f"betas_subj{subject}.npy", array)
-        np.save(ctx.out / f"ids_subj{subject}.npy", store.seen(subject)[0].astype(np.int64))
     return count
 
 
-def _take(source: Path, target: Path, array: np.ndarray) -> None:
+def take(source: Path, target: Path, array: np.ndarray) -> None:
     """Give a file a second name; copy it where that cannot be. ``array`` is what it holds."""
     assert len(array)
     try:
@@ -127,8 +146,8 @@ def _take(source: Path, target: Path, array: np.ndarray) -> None:
         shutil.copyfile(source, target)
 
 
-def _from_tree(ctx: StageContext, nsd: NSD) -> int:
-    """Read an NSD tree; return the number of external images."""
+def _tree_images(ctx: StageContext, nsd: NSD) -> int:
+    """Read the images of an NSD tree; return the number of external images."""
     size = ctx.config["image_size"]
     images = np.lib.format.open_memmap(ctx.out / "images.npy", "w+", np.uint8, (nsd.n_images, size, size, 3))
     with ctx.progress.bar("images", total=nsd.n_images) as bar:
@@ -147,13 +166,23 @@ def _from_tree(ctx: StageContext, nsd: NSD) -> int:
             external[rows] = nsd.external.images(rows, size)
             bar.advance(len(rows))
     external.flush()
-    with ctx.progress.bar("betas", total=len(nsd.subjects)) as bar:
-        for subject in nsd.subjects:
-            seen = nsd.load_betas(subject)
-            np.save(ctx.out / f"betas_subj{subject}.npy", seen.betas.astype(np.float32))
-            np.save(ctx.out / f"ids_subj{subject}.npy", seen.image_ids.astype(np.int64))
-            bar.advance(1, f"subject {subject}")
     return count
+
+
+def write_averages(ctx: StageContext, source: NSD | PreparedData, subjects: Sequence[int]) -> None:
+    """Write the subjects' averaged betas, and the images that they saw, as :func:`run` says."""
+    with ctx.progress.bar("betas", total=len(subjects)) as bar:
+        for subject in subjects:
+            if isinstance(source, PreparedData):
+                file = source.root / subject_folder(subject) / "averaged.npy"
+                take(file, ctx.out / f"betas_subj{subject}.npy", source.averaged(subject))
+                ids, _ = source.seen(subject)
+            else:
+                seen = source.load_betas(subject)
+                np.save(ctx.out / f"betas_subj{subject}.npy", seen.betas.astype(np.float32))
+                ids = seen.image_ids
+            np.save(ctx.out / f"ids_subj{subject}.npy", ids.astype(np.int64))
+            bar.advance(1, f"subject {subject}")
 
 
 @dataclass(frozen=True)
