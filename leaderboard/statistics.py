@@ -1,7 +1,8 @@
 """Intervals and paired comparisons from per-image scores.
 
 Per-image scores are a table (pyarrow or pandas) with the columns ``track, method, variant, subject, seed, image_id,
-metric, value``. Seeds of one row are repeats of the same measurement and are averaged first.
+metric, value``. Seeds of one row are repeats of the same measurement and are averaged first, except where two sides
+with several seeds each are compared (below).
 
 **Crossed bootstrap.** Every subject sees the same test images, so scores share variance along both. A resample draws
 subjects and images, each with replacement and independently (the pigeonhole bootstrap of Owen, 2007, Ann. Appl. Stat.
@@ -20,6 +21,12 @@ which keeps comparisons paired. What to know when reading an interval:
 **Paired permutation.** Under "A and B are equally good" the names A and B may be swapped on each image. The test
 averages the difference over subjects, flips its sign image by image, and counts how often the mean is at least as far
 from zero. It is exact for up to 13 images. It takes the subjects as given.
+
+**Seeds.** Where both sides of a comparison have several trainings each, the question is no longer whether one set of
+weights beats another but whether one way of making them does, and seeds are a sample too. Resamples then also draw each
+side's seeds, n - 1 of its n, which makes their share of the variance unbiased (McCarthy and Snowden, 1985, Vital and
+Health Statistics 2(95)). Sign flips know nothing of seeds, and a handful cannot be permuted to a small p, so
+:func:`seeds_p` takes a t over images and seeds with the degrees of freedom of Satterthwaite (1946, Biometrics 2:110).
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtr
 from scipy.stats import false_discovery_control
 
 from leaderboard.schema import Interval
@@ -193,6 +200,76 @@ def bootstrap_interval(
     return low, high
 
 
+def bootstrap_seeds(a: Floats, b: Floats, n_resamples: int = 2000, seed: int = 0) -> Floats:
+    """Means of A minus B under crossed resamples of subjects, images and each side's seeds.
+
+    Args:
+        a: (seeds, ..., subjects, images); NaN where there is no score.
+        b: likewise, of as many seeds as there are.
+        n_resamples: how many draws.
+        seed: of the draws.
+
+    Returns:
+        (n_resamples, ...). A side with a single seed keeps it.
+    """
+    generator = np.random.default_rng([seed, 1])
+
+    def side(values: Floats) -> Floats:
+        n = len(values)
+        drawn = generator.multinomial(n - 1, np.full(n, 1 / n), n_resamples) / (n - 1) if n > 1 else None
+        means = bootstrap_means(values, n_resamples, seed)  # (resamples, seeds, ...)
+        return means[:, 0] if drawn is None else np.einsum("rs,rs...->r...", drawn, means)
+
+    return np.asarray(side(a) - side(b), dtype=np.float64)
+
+
+def spread(values: Floats) -> tuple[Floats, Floats]:
+    """Variance over images of the mean of ``values`` (..., subjects, images), the subjects as given, and its freedom.
+
+    Returns:
+        two arrays (...): the squared standard error, and the number of images that have a score, less one.
+    """
+    present = np.isfinite(values)
+    cells = present.sum(axis=(-2, -1))
+    mean = np.nansum(values, axis=(-2, -1)) / cells
+    per_image = np.nansum(np.where(present, values - mean[..., None, None], 0.0), axis=-2)
+    n_images = present.any(axis=-2).sum(axis=-1)
+    freedom = np.maximum(n_images - 1, 1)
+    variance = n_images / freedom * (per_image**2).sum(axis=-1) / cells**2
+    return np.asarray(variance, dtype=np.float64), np.asarray(freedom, dtype=np.float64)
+
+
+def spread_with_seeds(a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """Variance of the mean of A minus B over images and each side's seeds, and its degrees of freedom (Satterthwaite).
+
+    What varies with both seed and image is counted along both, so the variance is rather too large than too small.
+
+    Args:
+        a: (seeds, ..., subjects, images).
+        b: likewise.
+
+    Returns:
+        two arrays (...). A side with a single seed adds nothing.
+    """
+    variance, freedom = spread(a.mean(axis=0) - b.mean(axis=0))
+    parts = [(variance, freedom)]
+    for side in (a, b):
+        if len(side) > 1:
+            means = np.nanmean(side, axis=(-2, -1))
+            parts.append((means.var(axis=0, ddof=1) / len(side), np.full(variance.shape, len(side) - 1.0)))
+    total = np.sum([part for part, _ in parts], axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pooled = total**2 / np.sum([part**2 / free for part, free in parts], axis=0)
+    return np.asarray(total, dtype=np.float64), np.where(total > 0, pooled, freedom)
+
+
+def seeds_p(mean: Floats, variance: Floats, freedom: Floats) -> Floats:
+    """One-sided p that a mean as low as ``mean`` is chance where the truth is zero; arguments of one shape."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        t = np.where(variance > 0, mean / np.sqrt(variance), np.sign(mean) * np.inf)
+    return np.where(np.isnan(t), 0.5, stdtr(freedom, np.nan_to_num(t, nan=0.0, posinf=np.inf, neginf=-np.inf)))
+
+
 def _bca(cells: Floats, means: Floats, confidence: float) -> Floats:
     """BCa bounds (2, rows) of the mean of ``cells`` (rows, images) from its resampled ``means`` (resamples, rows)."""
     present = np.isfinite(cells)
@@ -262,6 +339,17 @@ def permutation_p(differences: Floats, n_permutations: int = 9999, seed: int = 0
     hits = (sums >= observed - tolerance).sum(axis=0)
     p = hits / len(patterns) if exact else (1 + hits) / (1 + n_permutations)
     return np.asarray(p, dtype=np.float64).reshape(leading)
+
+
+def lower_p(differences: Floats, n_permutations: int = 9999, seed: int = 0) -> Floats:
+    """One-sided sign-flip p that a mean as low as that of ``differences`` (..., subjects, images) is chance: (...).
+
+    An image keeps its weight, the number of subjects that saw it. Sign flips are symmetric, so this is half the
+    two-sided p on the low side, and one minus half of it on the other.
+    """
+    per_image = np.nansum(differences, axis=-2)
+    p = permutation_p(per_image, n_permutations, seed)
+    return np.asarray(np.where(per_image.sum(axis=-1) < 0, p / 2, 1 - p / 2), dtype=np.float64)
 
 
 def compare(

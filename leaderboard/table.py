@@ -200,8 +200,8 @@ def _cell(cell: tuple[str, str] | None, style: str) -> Text:
 
 def markdown(ranking: Ranking, notes: Mapping[str, str] | None = None) -> str:
     """Return the table as GitHub-flavoured Markdown: best of each column in bold, intervals in brackets."""
-    lines = [f"**{_escape(heading(ranking))}**", ""]
-    titles = ["#", "variant", "mean rank ↓", *(f"{_escape(key)} {CARDS[key].arrow}" for key in ranking.metrics)]
+    lines = [f"**{escape_markdown(heading(ranking))}**", ""]
+    titles = ["#", "variant", "mean rank ↓", *(f"{escape_markdown(key)} {CARDS[key].arrow}" for key in ranking.metrics)]
     lines += ["| " + " | ".join(titles) + " |", "|--:|:--|" + "--:|" * (len(titles) - 2)]
     best = {key: ranking.best(key) for key in ranking.metrics}
     for title, entries in sections(ranking):
@@ -211,7 +211,7 @@ def markdown(ranking: Ranking, notes: Mapping[str, str] | None = None) -> str:
             row = entry.row
             cells = [
                 _rank_cell(entry, row).replace("\n", " (") + (")" if entry.rank_low is not None else ""),
-                _escape(ranking.name(row)),
+                escape_markdown(ranking.name(row)),
                 "" if entry.mean_rank is None else f"{entry.mean_rank:.1f}",
             ]
             for key in ranking.metrics:
@@ -223,12 +223,12 @@ def markdown(ranking: Ranking, notes: Mapping[str, str] | None = None) -> str:
                 interval = bounds(key, value)
                 cells.append((f"**{mean}**" if row.key in best[key] else mean) + (f" [{interval}]" if interval else ""))
             lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", _escape(ranking.sentence), ""]
-    lines += [f"- {_escape(line)}" for line in footnotes(ranking, notes or {})]
+    lines += ["", escape_markdown(ranking.sentence), ""]
+    lines += [f"- {escape_markdown(line)}" for line in footnotes(ranking, notes or {})]
     return "\n".join(lines) + "\n"
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text from outside as text: no Markdown, no HTML, no new table cell."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|":
