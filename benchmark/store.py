@@ -130,7 +130,7 @@ class Store:
         """Hold a lock file of the store, as :meth:`lock` does a stage's."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = path.open("a+", encoding="utf-8")
+            handle = path.open("a+b", buffering=0)
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.root}: {error.strerror}; choose another folder with --out DIR"
@@ -143,9 +143,9 @@ class Store:
                     on_wait(_who(_read_holder(path)))
                 time.sleep(_LOCK_POLL_S)
             # The lock files stay: to remove one would let two processes lock two files of one name.
-            handle.truncate(0)
-            handle.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now()}))
-            handle.flush()
+            with contextlib.suppress(OSError):  # on a full disk the lock holds unsigned
+                handle.truncate(0)
+                handle.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now()}).encode())
             yield
 
     def holder(self, stage: Stage) -> dict[str, Any] | None:

@@ -154,7 +154,8 @@ class SlurmLauncher:
             note: is told what this waits for.
 
         Raises:
-            UserError: Slurm refuses jobs, or does not answer; then nothing stays submitted.
+            UserError: Slurm refuses jobs or does not answer, or the store cannot be written to; then nothing stays
+                submitted.
         """
         with submissions.submit_lock(store, lambda holder: note(f"waits for {holder}, which submits to this store")):
             decisions = plan.decide(store, mode)
@@ -173,9 +174,14 @@ class SlurmLauncher:
                     jobs.update(zip(array.members, ids, strict=True))
                 record = self._record(identifier, decisions, wanted, jobs, shared, folder, request)
                 submissions.write(store, record)
-            except BaseException:
+            except BaseException as error:
                 with contextlib.suppress(UserError):
                     queue.cancel({queue.base_id(job) for job in jobs.values()})
+                if isinstance(error, OSError):
+                    raise UserError(
+                        f"cannot write to {store.root}: {error.strerror}; nothing was submitted, "
+                        f"make room there or choose another folder with --out DIR"
+                    ) from error
                 raise
             return record, len(jobs)
 
