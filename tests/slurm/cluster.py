@@ -38,7 +38,7 @@ GPUS, CPUS, MEMORY_MB = 4, 32, 64000  # of each node; claimed, not there
 REQUEUE_S = 8
 """Seconds after which a requeued job starts again; Slurm's default is 121."""
 
-_MARK = "SLURM_TEST_CLUSTER"
+_MARK = "LOOPBACK_CLUSTER"  # not SLURM_...: those are not handed on to jobs that a job submits
 _SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 # Idle and working nodes; a star or another suffix says that the node does not answer.
 _GOOD_STATES = {"idle", "mixed", "allocated", "completing"}

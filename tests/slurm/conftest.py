@@ -19,7 +19,7 @@ from cluster import Cluster, why_not  # noqa: E402
 from toy_sweep import submit  # noqa: E402
 
 from benchmark.graph import Plan, Stage  # noqa: E402
-from benchmark.launch.submissions import Submission  # noqa: E402
+from benchmark.launch.submissions import Submission, history  # noqa: E402
 from benchmark.store import Store, read_json  # noqa: E402
 
 
@@ -106,7 +106,7 @@ class Sweep:
     def describe(self) -> str:
         """States, jobs and the ends of the logs, for a test that fails."""
         lines = [str(self.states()), str(self.cluster.jobs())]
-        for record in self.submissions:
+        for record in history(self.store):
             for one in record.stages:
                 if one.stderr and not one.shared and Path(one.stderr).exists():
                     lines += ["", f"{one.title} {one.job}", Path(one.stderr).read_text()[-1500:]]

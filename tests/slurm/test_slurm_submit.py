@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -104,13 +105,15 @@ def test_a_failure_blocks_only_what_needs_it(sweep: Make) -> None:
 
 
 def test_two_sweeps_at_once_share_what_they_share(sweep: Make, undisturbed: Mapping[str, Any], tmp_path: Path) -> None:
-    script = str(Path(__file__).parent / "toy_sweep.py")
+    here = Path(__file__).parent
+    script, env = str(here / "toy_sweep.py"), {**os.environ, "PYTHONPATH": str(here.parents[1])}
     commands = [
         [sys.executable, script, str(tmp_path), "--variants", "1", "--name", "one"],
         [sys.executable, script, str(tmp_path), "--variants", "2", "--name", "two"],
     ]
     processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        for command in commands
     ]
     answers = [process.communicate(timeout=60) for process in processes]
     counts = [int(out.split()[1]) for out, err in answers if out or pytest.fail(err)]
