@@ -17,7 +17,20 @@ from benchmark.graph import Stage
 from benchmark.stages import METHOD, VariantStages, image_name, seen_name
 from benchmark.store import MANIFEST, Store, read_json
 from benchmark.sweeps import Sweep
-from leaderboard import Axis, Cost, Gallery, Manifest, Ranking, Row, build, compare, summarise
+from leaderboard import (
+    Axis,
+    Cost,
+    Gallery,
+    Manifest,
+    Ordering,
+    Ranking,
+    Row,
+    build,
+    compare,
+    summarise,
+)
+from leaderboard.orderings import orderings
+from leaderboard.published import published
 from leaderboard.results import RESULTS, write_result
 from metrics.protocols import PROTOCOLS, Protocol
 
@@ -33,6 +46,7 @@ class Report:
     notes: Mapping[str, str]
     sentences: tuple[str, ...]
     page: Path
+    orderings: tuple[Ordering, ...] = ()  # of the published table that the sweep answers
 
 
 def write_report(
@@ -148,8 +162,20 @@ def write_report(
         title=sweep.title,
         about=sweep.question,
     )
-    sentences = _sentences(per_image, {**branch_names, **alone}["lowlevel"])
-    return Report(ranking, notes, sentences, folder / "index.html")
+    lowlevel = alone["lowlevel"] if "lowlevel" in alone else branch_names["lowlevel"]
+    sentences = _sentences(per_image, lowlevel)
+    return Report(ranking, notes, sentences, folder / "index.html", _orderings(per_image, sweep, keys, main))
+
+
+def _orderings(
+    per_image: pa.Table, sweep: Sweep, keys: Mapping[str, tuple[str, str]], main: str
+) -> tuple[Ordering, ...]:
+    """Ask the orderings of the published table that the sweep answers, against the main variant."""
+    answered = {name: published()[row] for name, row in sweep.answered().items() if name in keys}
+    if main not in answered:
+        return ()
+    others = {keys[name]: row for name, row in answered.items() if name != main}
+    return tuple(orderings(per_image, others, (keys[main], answered[main])))
 
 
 def _place(variant: Variant) -> tuple[str, Literal["method", "reference"]]:

@@ -73,11 +73,16 @@ class Sweep(BaseModel):
     answers: str = Field(description="The published table that it reproduces.")
     axis: SweepAxis
     base: Mapping[str, Any] = Field({}, description="Dotted settings common to all variants.")
+    published: Mapping[Any, str] = Field({}, description="Value -> id of the published row that it answers to.")
 
     def settings(self, quick: bool = False) -> dict[str, dict[str, Any]]:
         """Return variant name -> its dotted settings."""
         values = self.axis.quick if quick else self.axis.values
         return {self.variant(value): {**self.base, **self.axis.settings(value)} for value in values}
+
+    def answered(self) -> dict[str, str]:
+        """Return variant name -> id of the published row that it answers to."""
+        return {self.variant(value): row for value, row in self.published.items()}
 
     def only(self, wanted: Sequence[str]) -> Sweep:
         """Return the sweep of these of its values alone; the reference variant is the sweep's own, or else the first.
@@ -123,7 +128,7 @@ def load_sweep(name: str) -> Sweep:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {message}") from error
-    parts = {"axis.quick": sweep.axis.quick, "axis.main": (sweep.axis.main,)}
+    parts = {"axis.quick": sweep.axis.quick, "axis.main": (sweep.axis.main,), "published": tuple(sweep.published)}
     for part, values in parts.items():
         for value in values:
             if value not in sweep.axis.values:

@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from leaderboard.orderings import Ordering, orderings, print_orderings
+    from leaderboard.orderings import Ordering, print_orderings
     from leaderboard.publish import build
-    from leaderboard.published import PublishedRow, published
+    from leaderboard.published import PublishedRow
     from leaderboard.ranking import Ranking, rank
     from leaderboard.schema import Cost, Interval, Manifest, Row, read_leaderboard, read_rows, write_row
     from leaderboard.site import Axis, Gallery
@@ -31,10 +31,8 @@ _HOMES = {
     "build": "publish",
     "compare": "statistics",
     "markdown": "table",
-    "orderings": "orderings",
     "print_orderings": "orderings",
     "print_table": "table",
-    "published": "published",
     "rank": "ranking",
     "read_leaderboard": "schema",
     "read_rows": "schema",
@@ -55,10 +53,8 @@ __all__ = [
     "build",
     "compare",
     "markdown",
-    "orderings",
     "print_orderings",
     "print_table",
-    "published",
     "rank",
     "read_leaderboard",
     "read_rows",

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmark.report import Report, write_report
-from benchmark.sweeps import load_sweep
+from benchmark.sweeps import load_sweep, sweep_names
 from benchmark.weights import generator_digest, weights_digest
 from leaderboard import Row, read_rows, summarise
+from leaderboard.published import published
 from leaderboard.results import read_results
 from leaderboard.schema import read_leaderboard
 from metrics.cards import CARDS
@@ -187,3 +188,22 @@ def test_notes_name_what_stands_in_for_each_network(tiny_run: Any, tmp_path: Pat
     demo = PROTOCOLS["demo"]
     assert notes == {key: demo.describe(key) for key in demo.slots}
     assert all("stand-in" in note for note in notes.values()) and np.all([key in CARDS for key in notes])
+
+
+def test_the_papers_orderings_are_asked_against_the_main_variant(tiny_run: Any, tmp_path: Path) -> None:
+    report = write(tiny_run, tmp_path, NAMES)
+    found = report.orderings
+    assert {one.reference for one in found} == {"clusters=128"}
+    assert {one.variant for one in found} == set(NAMES) - {"clusters=128"}
+    printed = published()["brainit_T3_k8"].metrics["PixCorr"] - published()["brainit_40h"].metrics["PixCorr"]
+    assert next(o.printed for o in found if (o.variant, o.metric) == ("clusters=8", "PixCorr")) == printed
+    for one in found:
+        means = {row.variant: row.metrics[one.metric].mean for row in report.ranking.rows if one.metric in row.metrics}
+        assert one.difference == pytest.approx(means[one.variant] - means["clusters=128"])
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_the_published_rows_that_a_sweep_answers_to_exist(name: str) -> None:
+    sweep = load_sweep(name)
+    assert set(sweep.answered().values()) <= set(published())
+    assert not sweep.published or sweep.axis.main in sweep.published
