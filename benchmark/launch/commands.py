@@ -82,12 +82,12 @@ def _find(args: argparse.Namespace, store: Store) -> Submission:
         from benchmark.sweeps import sweep_names
 
         known = [*sweep_names(), "run"]
-        if args.sweep in known and not any(one.sweep == args.sweep for one in submissions.history(store)):
-            return control.unsubmitted(store, args.sweep)
-        if not submissions.folder(store).is_dir() and args.sweep not in known:
+        if submissions.history(store):
+            raise
+        if args.sweep not in known:
             near = did_you_mean(args.sweep, known) or f"; choose from {', '.join(known)}"
             raise UserError(f"unknown sweep '{args.sweep}'{near}") from None
-        raise
+        return control.unsubmitted(store, args.sweep)
 
 
 def _report(args: argparse.Namespace, store: Store, submission: Submission | None = None) -> Status:

@@ -66,7 +66,8 @@ class Row:
         progress: last line of metrics of a running stage, with ``steps`` where the stage says how many there are.
         error: of a failed stage, one line.
         traceback: file with the whole of it, or empty.
-        blocked_by: titles of the stages that keep it from running.
+        blocked_by: titles of the stages that ended badly and so keep it from running, near or far.
+        live: whether its job waits or runs, as Slurm says.
         retry: command that computes just it, for a stage that ended badly.
     """
 
@@ -80,6 +81,7 @@ class Row:
     error: str = ""
     traceback: str = ""
     blocked_by: tuple[str, ...] = ()
+    live: bool = False
     retry: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -334,7 +336,7 @@ def to_cancel(store: Store, status: Status, words: Sequence[str] = ()) -> Cancel
         UserError: a word that names no stage.
     """
     named = {row.stage.fingerprint for row in select(status, words)}
-    active = [row for row in status.rows if row.stage.job and row.state in ("running", "queued", "blocked")]
+    active = [row for row in status.rows if row.live]
     chosen = [row for row in active if row.stage.fingerprint in named] if words else active
     if not chosen:
         return Cancellation((), (), ())
@@ -354,7 +356,7 @@ def to_cancel(store: Store, status: Status, words: Sequence[str] = ()) -> Cancel
     stopped = {row.stage.fingerprint for row in jobs}
     holds_up = []
     for row in status.rows:
-        if row.state in ("queued", "blocked") and row.stage.fingerprint not in stopped and stopped & {*row.stage.needs}:
+        if row.state == "queued" and row.stage.fingerprint not in stopped and stopped & {*row.stage.needs}:
             holds_up.append(row)
             stopped.add(row.stage.fingerprint)
     return Cancellation(tuple(jobs), tuple(kept), tuple(holds_up))
@@ -400,6 +402,7 @@ def follow(
     live = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     display = LiveTable(stream) if live else Lines(stream)
     watch = Watch()
+    status = Status(submission, (), name or submission.sweep, submission.out if out is None else out)
     try:
         while True:
             status = report(store, submission, name, out, watch)
@@ -471,7 +474,7 @@ def _row(store: Store, stage: SubmittedStage, found: _Seen, slurm: _Slurm | None
         return replace(row, state="done")
     job = slurm.jobs.get(stage.job) if slurm is not None else None
     if job is not None:
-        row = replace(row, restarts=job.restarts, node=job.node or row.node)
+        row = replace(row, live=job.live, restarts=job.restarts, node=job.node or row.node)
     waiting = job is not None and job.live and not job.running
     if found.state == "failed" and (found.recent or not stage.job) and not waiting:
         trace = found.folder / TRACEBACK
@@ -479,10 +482,12 @@ def _row(store: Store, stage: SubmittedStage, found: _Seen, slurm: _Slurm | None
         return replace(row, state="failed", error=error, traceback=str(trace) if trace.exists() else "")
     if job is not None and job.running:
         return replace(row, state="running", seconds=job.elapsed, progress=_progress(found.folder))
-    bad = [one for one in needs if one.state in ENDED_BADLY or one.state == "blocked"]
-    if bad:
-        because = ", ".join(f"{one.stage.title} ({one.state})" for one in bad)
-        return replace(row, state="blocked", reason=f"needs {because}", blocked_by=tuple(b.stage.title for b in bad))
+    # Those at the beginning of the chain are named: it is them that somebody must mend.
+    ended = {one.stage.title: f"{one.stage.title} ({one.state})" for one in needs if one.state in ENDED_BADLY}
+    first = dict.fromkeys((*ended, *(title for one in needs for title in one.blocked_by)))
+    if first:
+        because = _few([ended.get(title, title) for title in first])
+        return replace(row, state="blocked", reason=f"needs {because}", blocked_by=tuple(first))
     if waiting and job is not None:
         return replace(row, state="queued", reason=_why_it_waits(job, needs))
     if job is None and found.state == "running":
@@ -515,7 +520,7 @@ def _as_the_store_says(store: Store, row: Row, found: _Seen) -> Row:
     """A stage whose status says that it runs, and of which Slurm knows nothing."""
     # The store looks at the stage's key alone.
     host, since = str(found.status.get("host") or "?"), found.status.get("started")
-    if store.holder(cast(Stage, row.stage)) or host != socket.gethostname():
+    if store.holder(cast(Stage, row.stage)) is not None or host != socket.gethostname():
         who = f"process {found.status.get('pid')} on {host} since {since}"
         return replace(
             row, state="running", reason=who, seconds=_seconds_since(since), progress=_progress(found.folder)

@@ -46,7 +46,7 @@ class JobState:
     @property
     def live(self) -> bool:
         """Whether it waits or runs."""
-        return self.state in WAITING or self.state in RUNNING
+        return self.state in WAITING or self.running
 
     @property
     def running(self) -> bool:

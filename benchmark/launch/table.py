@@ -12,7 +12,8 @@ from benchmark.progress import clock_time
 if TYPE_CHECKING:
     from benchmark.launch.control import Row, Status
 
-_FEW = 15  # rows of a state that are shown unless all are asked for
+_MANY = 60  # rows; where there are more, a state shows
+_FEW = 15  # of them, unless all are asked for
 _METRICS = 3
 
 
@@ -27,6 +28,7 @@ def headline(status: Status) -> str:
 def table(status: Status, every: bool = False) -> list[str]:
     """Return the lines of ``status``: head, rows by state, what failed and what to type; all rows with ``every``."""
     lines = [headline(status), *(f"note: {note}" for note in status.notes)]
+    every = every or len(status.rows) <= _MANY
     shown, hidden = _choose(status, None if every else _FEW)
     lines += _columns(shown)
     lines += [f"  {'':<11}  and {count:,} more {state}; --all shows them" for state, count in hidden]
