@@ -435,6 +435,11 @@ def _check_data(args: argparse.Namespace, variants: Mapping[str, Variant]) -> st
         raise UserError(f"preset {args.preset} needs the Natural Scenes Dataset: name its folder with --data DIR")
     absent = [subject for subject in variant.generation.subjects if subject not in present]
     if absent:
+        if variant.transfer.subject is not None:
+            raise UserError(
+                f"transfer.subject is {absent[0]}; {where} has subjects {', '.join(map(str, present))}\n"
+                f"type --set transfer.subject={present[0]}"
+            )
         few = ",".join(map(str, present[:4]))
         raise UserError(
             f"generation.subjects names subject {absent[0]}; {where} has subjects {', '.join(map(str, present))}\n"
@@ -448,9 +453,13 @@ def _check_data(args: argparse.Namespace, variants: Mapping[str, Variant]) -> st
 def _check_companions(data: Any, variants: Collection[Variant]) -> None:
     """Refuse data without the anatomy or the NSD-Synthetic that a variant asks for."""
     from benchmark.stages.anatomy import anatomy
+    from benchmark.stages.prepare import check_transfer
 
     for method in {variant.clustering.method: None for variant in variants if variant.needs_anatomy}:
         anatomy(data, data.subjects, method)
+    for new in {variant.transfer.subject for variant in variants}:
+        if new is not None:
+            check_transfer(data, new)
     for variant in variants:
         if variant.generation.test_set == "nsd-synthetic":
             from benchmark.stages import synthetic  # brings in torch

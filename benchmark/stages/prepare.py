@@ -66,6 +66,22 @@ def without(source: NSD | PreparedData, subject: int) -> tuple[int, ...]:
     return others
 
 
+def check_transfer(source: NSD | PreparedData, subject: int) -> None:
+    """Refuse data that a transfer to ``subject`` cannot be made with.
+
+    Raises:
+        UserError: no such subject, nobody else, or no single trials.
+    """
+    without(source, subject)
+    try:
+        source.trials(subject)
+    except UserError as error:
+        raise UserError(
+            f"a transfer takes single trials of the new subject's first session: {error}\n"
+            "name with --data a tree of NSD, or a store that was made of one"
+        ) from error
+
+
 def write_meta(ctx: StageContext, source: NSD | PreparedData, subjects: Sequence[int]) -> dict[str, Any]:
     """Split what the subjects saw as the config says, and write ``meta.json``; return how much there is."""
     splits = make_splits(source, subjects, ctx.config["validation_seed"], ctx.config["validation_fraction"])

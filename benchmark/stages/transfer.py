@@ -30,13 +30,13 @@ from benchmark.context import StageContext
 from benchmark.data.nsd import NSD
 from benchmark.data.prepared import PreparedData
 from benchmark.data.splits import select_trials
-from benchmark.errors import RunError, UserError
+from benchmark.errors import RunError
 from benchmark.shards import Shards, collect, write_shards
 from benchmark.stages import reconstruct
 from benchmark.stages.bit import Batch, BrainToImage, Pool, build_bit, kept_voxels, lowlevel_loss, voxel_layout
 from benchmark.stages.encoder import PREDICT_BATCH, EncoderWithAdapters, Predictor, load_mapping
 from benchmark.stages.features import LowLevelTargets, SemanticTargets, encoder_taps
-from benchmark.stages.prepare import Prepared, source_of, take, without, write_averages, write_meta
+from benchmark.stages.prepare import Prepared, check_transfer, source_of, take, write_averages, write_meta
 from benchmark.training import is_first_process, shared_out, train
 from methods.brain_it.clustering import V2C, nearest_voxel_labels
 from methods.brain_it.encoder import voxel_correlation
@@ -77,27 +77,11 @@ def first_session(source: NSD | PreparedData, subject: int) -> tuple[np.ndarray,
     Raises:
         UserError: the data have no such subject, nobody else, or no single trials.
     """
-    check(source, subject)
+    check_transfer(source, subject)
     shown = source.trials(subject)[0]
     if isinstance(source, NSD):
         return shown, source.session_betas(subject, 1)
     return shown, np.array(source.trial_betas(subject)[: len(shown)])
-
-
-def check(source: NSD | PreparedData, subject: int) -> None:
-    """Refuse data that a transfer to ``subject`` cannot be made with, before anything is computed.
-
-    Raises:
-        UserError: no such subject, nobody else, or no single trials.
-    """
-    without(source, subject)
-    try:
-        source.trials(subject)
-    except UserError as error:
-        raise UserError(
-            f"a transfer takes single trials of the new subject's first session, and there are none: {error}\n"
-            "give --data a tree of NSD, or a store that was made of one"
-        ) from error
 
 
 class NewSubject(Prepared):
@@ -479,6 +463,16 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
 # --- reconstruction ---------------------------------------------------------------------------------------------------
 
 
+def whole_bit(base: Path, transferred: Path) -> dict[str, Tensor]:
+    """Return the tensors of a BIT for the new subject.
+
+    Args:
+        base: folder that holds the trained BIT.
+        transferred: folder that holds the new subject's table.
+    """
+    return {**load_file(base / "bit.safetensors"), BIT_TABLE: load_file(transferred / TABLE)["table"]}
+
+
 def run_reconstruct(ctx: StageContext) -> dict[str, Any]:
     """Reconstruct what the new subject saw: its tables in the base models, then as stage ``reconstruct`` does.
 
@@ -492,7 +486,6 @@ def run_reconstruct(ctx: StageContext) -> dict[str, Any]:
         for name in ("unet.safetensors", "calibration.safetensors"):
             if (base / name).is_file() and not (whole / name).is_symlink():
                 os.symlink((base / name).resolve(), whole / name)
-        table = load_file(ctx.inputs[role] / TABLE)["table"]
-        save_file({**load_file(base / "bit.safetensors"), BIT_TABLE: table}, whole / "bit.safetensors")
+        save_file(whole_bit(base, ctx.inputs[role]), whole / "bit.safetensors")
         inputs[role] = whole
     return reconstruct.run(replace(ctx, inputs=inputs))
