@@ -56,6 +56,8 @@ class Launcher(Protocol):
 def make_launcher(name: str, parallel: int = 1) -> Launcher:
     """Return the launcher of that name: ``inline`` (this process) or ``local`` (``parallel`` submitit processes).
 
+    Slurm's is none of these: it submits, and returns before anything has run (``benchmark.launch.slurm``).
+
     Raises:
         UserError: no such launcher, or ``parallel`` is below 1.
     """
