@@ -26,6 +26,7 @@ from benchmark.results import Result
 from benchmark.stages.bit import build_bit, voxel_layout
 from benchmark.stages.features import LowLevelTargets, as_pixels, read_shapes, semantic_network
 from benchmark.stages.prepare import TREE, Prepared, Samples, open_data
+from benchmark.stages.transfer import whole_bit
 from benchmark.store import write_json
 from methods.brain_it.attention import (
     Agreement,
@@ -254,7 +255,7 @@ def analyse(
     with progress.bar("attention", total=2 * len(samples)) as bar:
         for branch, role, config, n_queries, width in jobs:
             bit = build_bit(config, layout, n_queries, width)
-            bit.load_state_dict(load_file(reconstruct.needs(role).folder / "bit.safetensors"))
+            bit.load_state_dict(_trained(reconstruct, role))
             bit.to(device).eval()
             found[branch] = _attention(bit, prepared, samples, ids if branch == "semantic" else ids[:0], device, bar)
     by_image = found["semantic"]
@@ -282,6 +283,12 @@ def analyse(
         anatomy=anatomy,
         alike=_mirror_correlation(seen),
     )
+
+
+def _trained(reconstruct: Result, role: str) -> dict[str, Tensor]:
+    """Return the tensors of a BIT: whole, or a new subject's voxel table in the base model."""
+    base, folder = reconstruct.upstream(f"base_{role}"), reconstruct.needs(role).folder
+    return load_file(folder / "bit.safetensors") if base is None else whole_bit(base.folder, folder)
 
 
 def _semantic_role(reconstruct: Result) -> str:
