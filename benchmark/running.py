@@ -516,4 +516,12 @@ def _report(
     if report.orderings:
         print()
         print_orderings(report.orderings, sweep.answers)
+    if report.ranking.track == "paper":  # on another track no printed number compares with ours
+        from leaderboard.formats import print_beside, print_published
+        from leaderboard.published import published
+
+        rows = {row.variant: row for row in report.ranking.rows if row.kind == "method"}
+        print()
+        print_beside([(rows[name], published()[row]) for name, row in sweep.answered().items() if name in rows])
+        print_published([published()[row] for row in sweep.beside])
     print(f"\npage: {report.page}   rows: {report.page.parent / 'leaderboard.json'}   time: {clock_time(seconds)}")

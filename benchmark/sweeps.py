@@ -74,6 +74,7 @@ class Sweep(BaseModel):
     axis: SweepAxis
     base: Mapping[str, Any] = Field({}, description="Dotted settings common to all variants.")
     published: Mapping[Any, str] = Field({}, description="Value -> id of the published row that it answers to.")
+    beside: tuple[str, ...] = Field((), description="Ids of further published rows, shown beside ours on their track.")
 
     def settings(self, quick: bool = False) -> dict[str, dict[str, Any]]:
         """Return variant name -> its dotted settings."""

@@ -18,9 +18,9 @@ from rich.text import Text
 from leaderboard.published import PublishedRow
 from leaderboard.ranking import Entry, Ranking
 from leaderboard.results import Result
-from leaderboard.schema import row_id
+from leaderboard.schema import Interval, Row, row_id
 from leaderboard.statistics import Comparison
-from leaderboard.table import PLAIN_WIDTH, sections
+from leaderboard.table import PLAIN_WIDTH, bounds, sections
 from metrics.cards import CARDS, format_value
 
 UNKNOWN = "unknown"
@@ -72,8 +72,8 @@ def as_csv(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
                 **{key: "" if value is None else value for key, value in _place(entry).items() if key != "p_best"},
             }
             for key, value in row.metrics.items():
-                bounds = {f"{key} low": value.ci_low, f"{key} high": value.ci_high}
-                line |= {key: repr(value.mean)} | {k: "" if v is None else repr(v) for k, v in bounds.items()}
+                ends = {f"{key} low": value.ci_low, f"{key} high": value.ci_high}
+                line |= {key: repr(value.mean)} | {k: "" if v is None else repr(v) for k, v in ends.items()}
             writer.writerow(line)
     for one in printed:
         writer.writerow(
@@ -204,6 +204,58 @@ def print_published(printed: Sequence[PublishedRow], console: Console | None = N
             for conflict in row.conflicts:
                 console.print(Text(f"! {row.id}: {conflict}", style="dim"))
         console.print()
+
+
+def beside(pairs: Sequence[tuple[Row, PublishedRow]]) -> dict[str, dict[str, tuple[Interval, float]]]:
+    """Return variant -> metric -> (ours, printed), of rows that may stand beside a printed one.
+
+    Raises:
+        ValueError: a row of another track or protocol than the printed one's: their numbers do not compare.
+    """
+    table: dict[str, dict[str, tuple[Interval, float]]] = {}
+    for row, printed in pairs:
+        if row.track != "paper" or row.protocol != printed.protocol:
+            raise ValueError(
+                f"{row.name} ({row.track} track, protocol {row.protocol}) does not compare with {printed.id} "
+                f"(protocol {printed.protocol or UNKNOWN})"
+            )
+        table[row.name] = {
+            key: (row.metrics[key], printed.metrics[key])
+            for key in CARDS
+            if key in row.metrics and key in printed.metrics
+        }
+    return table
+
+
+def print_beside(pairs: Sequence[tuple[Row, PublishedRow]], console: Console | None = None) -> None:
+    """Print our values, the printed ones below, and the differences; only where they compare (see :func:`beside`)."""
+    values = beside(pairs)
+    if not values:
+        return
+    console = _console(console)
+    metrics = [key for key in CARDS if any(key in own for own in values.values())]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for title in ("variant", "", *(f"{key} {CARDS[key].arrow}" for key in metrics)):
+        table.add_column(title, justify="left" if title in ("variant", "") else "right")
+    for name, own in values.items():
+        ours = [f"{format_value(k, own[k][0].mean)}\n{bounds(k, own[k][0])}" if k in own else "" for k in metrics]
+        printed = [format_value(k, own[k][1]) if k in own else "" for k in metrics]
+        apart = [
+            f"{'+' if (d := own[k][0].mean - own[k][1]) >= 0 else ''}{format_value(k, d)}" if k in own else ""
+            for k in metrics
+        ]
+        table.add_row(name, "ours", *ours)
+        table.add_row("", "printed", *printed)
+        table.add_row("", "difference", *apart)
+    console.print(table)
+    row, one = pairs[0]
+    unlike = row.n_images != one.test_images or (one.subjects is not None and row.subjects != one.subjects)
+    if unlike:
+        console.print(
+            f"Ours: subjects {', '.join(map(str, row.subjects))}, {row.n_images} images; printed: "
+            f"subjects {', '.join(map(str, one.subjects or ()))}, {one.test_images} images.",
+            style="dim",
+        )
 
 
 def print_comparison(a: Result, b: Result, found: Mapping[str, Comparison], console: Console | None = None) -> None:

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from leaderboard.__main__ import main
+from leaderboard.formats import beside, print_beside
+from leaderboard.published import published
 from leaderboard.results import read_results, write_result
 from leaderboard.schema import Row
 from leaderboard.statistics import summarise
@@ -237,3 +239,20 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys, leaderboard.__main__ as m; m.parser(); print([x for x in ('numpy', 'pyarrow', 'rich') if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_our_rows_stand_beside_printed_ones_of_their_protocol_only(
+    row: Callable[..., Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = published()["brainit_40h"]
+    fields: dict[str, Any] = {"track": "paper", "protocol": "brain-it", "n_images": 1000, "subjects": (1, 2, 5, 7)}
+    ours = row("clusters=128", {"PixCorr": {"mean": 0.384, "ci_low": 0.38, "ci_high": 0.39}, "CLIP": 0.97}, **fields)
+    assert beside([(ours, printed)])["clusters=128"]["CLIP"] == (ours.metrics["CLIP"], 0.964)
+    print_beside([(ours, printed)])
+    text = capsys.readouterr().out
+    assert "-0.002" in text and "+0.6%" in text and "Ours:" not in text
+    print_beside([(ours.model_copy(update={"n_images": 24}), printed)])
+    assert "24 images; printed: subjects 1, 2, 5, 7, 1000 images" in capsys.readouterr().out
+    for other in ({"track": "demo"}, {"protocol": "mindeye2"}):
+        with pytest.raises(ValueError, match="does not compare with brainit_40h"):
+            beside([(ours.model_copy(update=other), printed)])
