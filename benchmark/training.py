@@ -117,7 +117,7 @@ def train(
     overrides ``train()``. Parameters with ``requires_grad=False`` are left out of the optimiser and of checkpoints.
 
     Under several processes (``accelerate launch``, ``torchrun``) each takes its own micro-steps, so N processes and
-    N-fold accumulation see the same batches.
+    N-fold accumulation see the same batches, log the same losses up to rounding, and take up each other's checkpoints.
 
     Args:
         model: the network, on any device; it ends on ``ctx.device`` with the chosen weights.
@@ -383,8 +383,9 @@ class _Loop:
             group["lr"] = rate * factor
         losses: list[Tensor] = []
         metrics: list[Mapping[str, float | Tensor]] = []
+        together = accelerator.num_processes
         for micro in range(config.accumulate):
-            index = (step * config.accumulate + micro) * accelerator.num_processes + accelerator.process_index
+            index = (step * config.accumulate + micro) * together + accelerator.process_index
             self._seed("batch", index)
             with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(self.forward):
                 loss, others = self.forward(index, self.generator)
@@ -403,7 +404,11 @@ class _Loop:
             scaler.step(self.optimiser)
             scaler.update()
         self.optimiser.zero_grad()
-        self.pending.append((step, losses[0] if len(losses) == 1 else torch.stack(losses).mean(), metrics))
+        mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if together > 1:  # of the whole batch, whoever had which part of it
+            mean = mean.float() / together
+            torch.distributed.all_reduce(mean)
+        self.pending.append((step, mean, metrics))
         if self.ema and config.ema is not None:
             weights = [value.data for value in self.parameters.values()]
             # Short at first, or the mean would hold on to the random initial weights.
@@ -510,9 +515,10 @@ class _Loop:
         return {**self.parameters, **{name: value for name, value in self.model.named_buffers() if name in saved}}
 
     def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must share with this run to be of use to it."""
+        """Return what a checkpoint must share with this run to be of use to it: not how many processes train."""
         shapes = {name: list(value.shape) for name, value in self._weights().items()}
-        return {"config": self.config.model_dump(mode="json"), "shapes": shapes}
+        config = self.config.model_dump(mode="json")
+        return {"config": {**config, "accumulate": self.config.accumulate * processes()}, "shapes": shapes}
 
     def _save(self) -> None:
         if not self.is_main:
@@ -532,7 +538,18 @@ class _Loop:
         checkpoint.save(self.folder, tensors, state)
 
     def resume(self) -> None:
-        """Go on from the newest usable checkpoint, if there is one."""
+        """Go on from the newest usable checkpoint, if there is one; however many processes wrote it."""
+        self._take_up()
+        if self.accelerator.num_processes > 1:
+            step = torch.tensor([self.progress.step], device=self.accelerator.device)
+            steps = sorted(set(self.accelerator.gather(step).tolist()))
+            if len(steps) > 1:  # on a shared file system one may see the newest checkpoint later than another
+                raise RuntimeError(
+                    f"{self.label}: the processes read checkpoints of different steps ({', '.join(map(str, steps))}) "
+                    f"in {self.folder}; start it again"
+                )
+
+    def _take_up(self) -> None:
         found = checkpoint.load(self.folder)
         if found is None:
             return

@@ -372,6 +372,7 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
     Outputs: ``bit.safetensors``, ``unet.safetensors``.
     """
     config = dict(ctx.config)
+    training = shared_out(TrainingConfig.model_validate(config["training"]))
     data = Prepared(ctx.inputs["data"])
     tokens, width = read_shapes(ctx.inputs["targets"])["semantic"]
     latents = Shards(ctx.inputs["targets"] / "latents")
@@ -415,7 +416,7 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
     result = train(
         model,
         batch_loss,
-        config=shared_out(TrainingConfig.model_validate(config["training"])),
+        config=training,
         ctx=ctx,
         label="joint training",
         validate=validate,

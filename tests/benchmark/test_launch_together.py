@@ -15,6 +15,7 @@ from benchmark.errors import UserError
 from benchmark.execute import RunOptions
 from benchmark.graph import Plan, Stage
 from benchmark.launch.local import LocalLauncher
+from benchmark.stages.bit import run_joint
 from benchmark.store import Store, read_json
 from benchmark.training import shared_out
 from benchmark.training_config import TrainingConfig
@@ -73,3 +74,18 @@ def test_accumulation_is_shared_out_evenly(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("benchmark.training.processes", lambda: 3)
     with pytest.raises(UserError, match="3 processes cannot share 4"):
         shared_out(config)
+
+
+def test_processes_that_cannot_share_a_step_are_refused_at_once(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any network is read, and what others trained stays for a number of processes that can."""
+    ctx = tiny_run.context(joint(tiny_run, seed=0, steps=3), tmp_path)
+    kept = ctx.checkpoints / "joint-training" / "checkpoint-000000" / "state.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    monkeypatch.setattr("benchmark.training.processes", lambda: 3)
+    monkeypatch.setattr("benchmark.networks.generator", lambda *_: pytest.fail("a network was read"))
+    with pytest.raises(UserError, match="3 processes cannot share 2 micro-batches a step evenly"):
+        run_joint(ctx)
+    assert kept.read_text() == "{}"

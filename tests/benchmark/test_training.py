@@ -679,36 +679,62 @@ def fork(action: Callable[[], None]) -> int:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-def run_ranks(folder: Path) -> None:
-    """Train in two processes on one machine, and once in one process with the batches of both."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+RANKS = {  # processes of each run of one training, all but the last of which are killed half-way
+    "one": (1,),
+    "two": (2,),
+    "two, then one": (2, 1),
+    "one, then four": (1, 4),
+    "four, then two": (4, 2),
+}
+MICRO_BATCHES, RANK_STEPS, KILLED_AT = 4, 6, 3
 
-    def one(rank: int, world: int) -> None:
+
+def run_ranks(folder: Path, worlds: tuple[int, ...]) -> None:
+    """Train in so many processes of one machine that share a step's batches; each run goes on from the one before."""
+
+    def one(rank: int, world: int, port: int, last: bool) -> None:
         torch.set_num_threads(1)
         if world > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"OMP_NUM_THREADS": "1"}
         net = Net(dropout=0.3)
         batch_loss, validate = problem(net)
+
+        def kills(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+            if not last and step >= KILLED_AT * MICRO_BATCHES:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batch_loss(step, generator)
+
         logs = Logs()
-        config = TrainingConfig(steps=6, accumulate=2 if world > 1 else 4, validate_every=2, select="loss")
-        ctx = Context(folder / f"world{world}", tracker=logs, checkpoint_seconds=0.0)
-        result = train(net, batch_loss, config=config, ctx=ctx, label="ranks", validate=validate, log_every=2)
-        save_file(weights(net), folder / f"{rank}of{world}.safetensors")
-        found = {"best_step": result.best_step, "logged": len(logs.logged), "shown": ctx.progress.total}
-        (folder / f"{rank}of{world}.json").write_text(json.dumps(found))
+        config = TrainingConfig(
+            steps=RANK_STEPS, accumulate=MICRO_BATCHES // world, validate_every=2, select="loss", ema=0.8
+        )
+        ctx = Context(folder / "checkpoints", tracker=logs, checkpoint_seconds=0.0)
+        result = train(net, kills, config=config, ctx=ctx, label="ranks", validate=validate, log_every=2)
+        save_file(weights(net), folder / f"{rank}.safetensors")
+        found = {"best_step": result.best_step, "history": result.history, "start": ctx.progress.start}
+        found |= {"logged": len(logs.logged), "shown": ctx.progress.total}
+        (folder / f"{rank}.json").write_text(json.dumps(found))
         if world > 1:
             torch.distributed.destroy_process_group()
 
-    fork(lambda: one(0, 1))
-    other = os.fork()
-    if other == 0:
-        one(1, 2)
-        os._exit(0)
-    fork(lambda: one(0, 2))
-    os.waitpid(other, 0)
+    folder.mkdir()
+    for number, world in enumerate(worlds):
+        last = number == len(worlds) - 1
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        others = []
+        for rank in range(1, world):
+            if (child := os.fork()) == 0:
+                one(rank, world, port, last)
+                os._exit(0)
+            others.append(child)
+        ended = fork(lambda world=world, port=port, last=last: one(0, world, port, last))  # type: ignore[misc]
+        assert ended == (0 if last else signal.SIGKILL)
+        for child in others:
+            os.waitpid(child, 0)
 
 
 def main(folder: Path) -> None:
@@ -727,7 +753,8 @@ def main(folder: Path) -> None:
             ends.append(fork(lambda n=name, k=killed: run_scenario(n, k, renames=(random_points.randrange(2),))))  # type: ignore[misc]
         fork(lambda name=name, killed=killed: run_scenario(name, killed))  # type: ignore[misc]
         (killed / "ends.json").write_text(json.dumps(ends))
-    run_ranks(folder)
+    for name, worlds in RANKS.items():
+        run_ranks(folder / name, worlds)
 
 
 @pytest.fixture(scope="module")
@@ -751,15 +778,28 @@ def test_killed_and_resumed_is_bit_identical(scenarios: Path, number: int) -> No
     assert_same_weights(load_file(killed / "final.safetensors"), load_file(reference / "final.safetensors"))
 
 
-def test_two_processes_equal_accumulation(scenarios: Path) -> None:
-    ends = {name: json.loads((scenarios / f"{name}.json").read_text()) for name in ("0of1", "0of2", "1of2")}
-    assert ends["0of2"]["best_step"] == ends["1of2"]["best_step"] == ends["0of1"]["best_step"]
-    assert ends["0of2"]["logged"] > 0 and ends["0of2"]["shown"] == 6
-    assert ends["1of2"]["logged"] == 0 and ends["1of2"]["shown"] == -1
-    first, second = (load_file(scenarios / f"{rank}of2.safetensors") for rank in range(2))
-    assert_same_weights(first, second)
-    for name, value in load_file(scenarios / "0of1.safetensors").items():
-        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
+def ranks(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return json.loads((folder / "0.json").read_text()), load_file(folder / "0.safetensors")
+
+
+@pytest.mark.parametrize("name", list(RANKS)[1:])
+def test_any_number_of_processes_trains_as_one(scenarios: Path, name: str) -> None:
+    """They share a step's batches, and the checkpoint that others wrote is theirs too."""
+    (alone, expected), (found, trained) = ranks(scenarios / "one"), ranks(scenarios / name)
+    assert found["start"] == (KILLED_AT if len(RANKS[name]) > 1 else 0)
+    assert found["best_step"] == alone["best_step"] and len(found["history"]) == len(alone["history"]) == 3
+    for own, other in zip(found["history"], alone["history"], strict=True):
+        assert own == pytest.approx(other, rel=1e-4)
+    for weight, value in expected.items():
+        torch.testing.assert_close(trained[weight], value, rtol=1e-4, atol=1e-6)
+
+
+def test_one_of_the_processes_speaks_for_all(scenarios: Path) -> None:
+    first, second = (json.loads((scenarios / "two" / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["logged"] > 0 and first["shown"] == RANK_STEPS
+    assert second["logged"] == 0 and second["shown"] == -1
+    assert second["history"] == first["history"]
+    assert_same_weights(*(load_file(scenarios / "two" / f"{rank}.safetensors") for rank in range(2)))
 
 
 if __name__ == "__main__":
