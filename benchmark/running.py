@@ -505,7 +505,7 @@ def _report(
     seconds: float,
 ) -> None:
     from benchmark.progress import clock_time
-    from benchmark.report import write_report
+    from benchmark.report.rows import write_report
     from leaderboard import print_orderings, print_table
 
     report = write_report(args.out, store, sweep, variants, stages, main_name)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from leaderboard.orderings import LEGEND, Ordering, cells, summary
 from leaderboard.ranking import Entry, Ranking
 from leaderboard.schema import Interval, Row, write_atomically
 from leaderboard.statistics import Scores
@@ -53,6 +54,26 @@ class Axis:
     name: str
     values: Mapping[str, float]
     log: bool = True
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One leaderboard of a page: what :func:`build_site` takes, and how a published table's orderings fare.
+
+    Attributes:
+        orderings: of the published table that the sweep answers.
+        table: what that table is called.
+    """
+
+    ranking: Ranking
+    title: str
+    about: str = ""
+    per_image: Scores | None = None
+    galleries: tuple[Gallery, ...] = ()
+    axis: Axis | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    orderings: tuple[Ordering, ...] = ()
+    table: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,14 +117,45 @@ def build_site(
     Raises:
         ValueError: an image is missing or unreadable; the message names the file.
     """
-    notes = notes or {}
-    body = [
-        _head(ranking, title, about),
-        _table(ranking, notes),
-        _notes(ranking, notes),
-        _curves(ranking, axis, notes) if axis is not None else "",
-        _galleries(out / "images", ranking, per_image, galleries) if galleries else "",
-    ]
+    chapter = Chapter(ranking, title, about, per_image, tuple(galleries), axis, notes or {})
+    return _write(out, title, [_chapter(out, chapter, "")])
+
+
+def build_report(out: Path, chapters: Sequence[Chapter], *, title: str, about: str = "") -> Path:
+    """Write several leaderboards as the chapters of one page, ``index.html`` with ``images/`` in ``out``.
+
+    Raises:
+        ValueError: no chapter, or an image is missing or unreadable.
+    """
+    if not chapters:
+        raise ValueError("a report needs at least one chapter")
+    links = "".join(f'<li><a href="#part{k}">{escape(one.title)}</a></li>' for k, one in enumerate(chapters))
+    head = f"<h1>{escape(title)}</h1>\n<p>{escape(about)}</p>\n<nav><ul>{links}</ul></nav>\n"
+    parts = [_chapter(out, one, str(k)) for k, one in enumerate(chapters)]
+    sections_ = [f'<section class="chapter" id="part{k}">\n{part}</section>\n' for k, part in enumerate(parts)]
+    return _write(out, title, [head, *sections_])
+
+
+def _chapter(out: Path, chapter: Chapter, number: str) -> str:
+    """One leaderboard; ``number`` tells it from the others of a page, headings are a step lower where there are any."""
+    ranking, notes = chapter.ranking, chapter.notes
+    html = "".join(
+        [
+            _head(ranking, chapter.title, chapter.about),
+            _orderings(chapter.orderings, chapter.table),
+            _table(ranking, notes, f"ranking{number}"),
+            _notes(ranking, notes),
+            _curves(ranking, chapter.axis, notes) if chapter.axis is not None else "",
+            _galleries(out / "images", ranking, chapter.per_image, chapter.galleries) if chapter.galleries else "",
+        ]
+    )
+    if number:
+        for level in (2, 1):
+            html = html.replace(f"<h{level}", f"<h{level + 1}").replace(f"</h{level}>", f"</h{level + 1}>")
+    return html
+
+
+def _write(out: Path, title: str, body: Sequence[str]) -> Path:
     page = (
         "<!doctype html>\n"
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -158,7 +210,25 @@ def _heading(text: str, note: str = "", *, first: str, kind: str = "", sort: str
     )
 
 
-def _table(ranking: Ranking, notes: Mapping[str, str]) -> str:
+def _orderings(found: Sequence[Ordering], table: str) -> str:
+    """The paper's orderings and whether they hold here."""
+    if not found:
+        return ""
+    metrics, rows = cells(found)
+    head = "".join(f'<th scope="col">{escape(metric)}</th>' for metric in metrics)
+    lines = []
+    for variant, own in rows.items():
+        verdicts = "".join(f"<td>{escape(cell)}</td>" for cell in own)
+        lines.append(f'\n<tr><th class="name" scope="row">{escape(variant)}</th>{verdicts}</tr>')
+    return (
+        f"<h2>The orderings of {escape(table)}</h2>\n<p>{escape(_capital(summary(found)))}.</p>\n"
+        '<div class="scroll" role="region" aria-label="orderings" tabindex="0">\n<table>\n'
+        f'<thead><tr><th scope="col" class="name">against {escape(found[0].reference)}</th>{head}</tr></thead>\n'
+        f'<tbody>{"".join(lines)}</tbody>\n</table>\n</div>\n<p class="soft">{escape(_capital(LEGEND))}</p>\n'
+    )
+
+
+def _table(ranking: Ranking, notes: Mapping[str, str], ident: str) -> str:
     resampled = any(entry.p_best is not None for entry in ranking.entries)
     headings = [
         _heading("variant", first="ascending", kind=' class="name" data-text'),
@@ -175,9 +245,9 @@ def _table(ranking: Ranking, notes: Mapping[str, str]) -> str:
         headings.append(_heading(f"{key} {CARDS[key].arrow}", "; ".join(told), first=first))
     best = {key: ranking.best(key) for key in ranking.metrics}
     parts = [
-        '<h2 id="ranking">Ranking</h2>\n<p class="soft">Mean and 95 % interval. ↑ higher is better, ↓ lower is better; '
-        '● best of the column. A click on a heading sorts.</p>\n<div class="scroll" role="region" '
-        'aria-labelledby="ranking" tabindex="0">\n<table>\n<thead><tr>' + "".join(headings) + "</tr></thead>\n"
+        f'<h2 id="{ident}">Ranking</h2>\n<p class="soft">Mean and 95 % interval. ↑ higher is better, ↓ lower is '
+        'better; ● best of the column. A click on a heading sorts.</p>\n<div class="scroll" role="region" '
+        f'aria-labelledby="{ident}" tabindex="0">\n<table>\n<thead><tr>' + "".join(headings) + "</tr></thead>\n"
     ]
     for title, entries in sections(ranking):
         if title and not entries:
@@ -349,8 +419,10 @@ def _galleries(folder: Path, ranking: Ranking, per_image: Scores | None, galleri
         f'<p class="soft">The first {most} test images in the order of the test set; none is selected. '
         "r is PixCorr with the seen image. "
         "The combined image starts from the low-level one and is guided by the semantic branch.</p>\n"
-        f'<div class="choose">{choose}</div>\n'
-        '<p id="no-images" role="status" hidden>No images of this variant for this subject.</p>\n' + "".join(html)
+        f'<div class="images">\n<div class="choose">{choose}</div>\n'
+        '<p class="no-images" role="status" hidden>No images of this variant for this subject.</p>\n'
+        + "".join(html)
+        + "</div>\n"
     )
 
 

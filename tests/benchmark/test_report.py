@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmark.report import Report, write_report
+from benchmark.report.rows import Report, write_report
 from benchmark.sweeps import load_sweep, sweep_names
 from benchmark.weights import generator_digest, weights_digest
 from leaderboard import Row, read_rows, summarise

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from benchmark.config import Variant
 from benchmark.graph import Stage
+from benchmark.report.answers import Answer
 from benchmark.stages import METHOD, VariantStages, image_name, seen_name
 from benchmark.store import MANIFEST, Store, read_json
 from benchmark.sweeps import Sweep
@@ -164,7 +165,20 @@ def write_report(
     )
     lowlevel = alone["lowlevel"] if "lowlevel" in alone else branch_names["lowlevel"]
     sentences = _sentences(per_image, lowlevel)
-    return Report(ranking, notes, sentences, folder / "index.html", _orderings(per_image, sweep, keys, main))
+    found = _orderings(per_image, sweep, keys, main)
+    Answer(
+        sweep=sweep.name,
+        title=sweep.title,
+        question=sweep.question,
+        table=sweep.answers,
+        rows=ranking.rows,
+        notes=notes,
+        sentences=sentences,
+        orderings=found,
+        axis=axis if axis.values else None,
+        galleries=tuple(galleries),
+    ).save(out)
+    return Report(ranking, notes, sentences, folder / "index.html", found)
 
 
 def _orderings(

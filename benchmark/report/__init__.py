@@ -1,0 +1,1 @@
+"""From finished stages to what people read: a sweep's rows (``rows``), and all sweeps on one page (``answers``)."""
