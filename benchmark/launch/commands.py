@@ -296,7 +296,7 @@ def _cancel(args: argparse.Namespace, store: Store) -> int:
         return 0
     running = sum(row.state == "running" for row in found.jobs)
     verb = "would cancel" if args.dry_run else "cancelled"
-    print(f"{verb} {_many(len(found.jobs), 'job')}, of which {running} {'was' if running == 1 else 'were'} running")
+    print(f"{verb} {_many(len(found.jobs), 'job')} ({running:,} running)")
     _list(found.jobs, lambda row: row.stage.job)
     if found.holds_up:
         print(f"that holds up {_many(len(found.holds_up), 'stage')}:")

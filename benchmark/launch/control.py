@@ -28,7 +28,19 @@ from benchmark.graph import Stage
 from benchmark.launch import queue, submissions
 from benchmark.launch.queue import JobState
 from benchmark.launch.submissions import Submission, SubmittedStage
-from benchmark.store import CONFIG, DONE, MANIFEST, STATUS, TRACEBACK, TRACKING, Store, now, read_json, write_json
+from benchmark.store import (
+    CHECKPOINTS,
+    CONFIG,
+    DONE,
+    MANIFEST,
+    STATUS,
+    TRACEBACK,
+    TRACKING,
+    Store,
+    now,
+    read_json,
+    write_json,
+)
 
 State = Literal["done", "running", "queued", "blocked", "failed", "cancelled", "interrupted", "lost"]
 
@@ -448,16 +460,16 @@ class _Slurm:
 
 def _look(store: Store, there: Mapping[str, set[str]], stage: SubmittedStage, created: str) -> _Seen:
     name, _, digits = stage.key.partition("/")
-    if digits not in there[name]:
-        return _Seen()
     folder = store.root / name / digits
+    if digits not in there[name]:
+        return _Seen(folder=folder)
     if (folder / DONE).exists():
         if not stage.force or str(_json(folder / DONE).get("finished", "")) >= created:
             return _Seen("done", folder, _json(folder / STATUS))
         # The result is an older one; the new one is computed beside it.
         folder = folder.with_name(f"{digits}.forced")
         if folder.name not in there[name]:
-            return _Seen()
+            return _Seen(folder=folder)
     status = _json(folder / STATUS)
     state = str(status.get("state", "absent"))
     recent = str(status.get("ended") or status.get("started") or "") >= created
@@ -481,7 +493,8 @@ def _row(store: Store, stage: SubmittedStage, found: _Seen, slurm: _Slurm | None
         error = str(found.status.get("error") or "no error recorded").splitlines()[0]
         return replace(row, state="failed", error=error, traceback=str(trace) if trace.exists() else "")
     if job is not None and job.running:
-        return replace(row, state="running", seconds=job.elapsed, progress=_progress(found.folder))
+        reason = "is being stopped" if job.state == "COMPLETING" and found.state != "done" else ""
+        return replace(row, state="running", reason=reason, seconds=job.elapsed, progress=_progress(found.folder))
     # Those at the beginning of the chain are named: it is them that somebody must mend.
     ended = {one.stage.title: f"{one.stage.title} ({one.state})" for one in needs if one.state in ENDED_BADLY}
     first = dict.fromkeys((*ended, *(title for one in needs for title in one.blocked_by)))
@@ -494,7 +507,7 @@ def _row(store: Store, stage: SubmittedStage, found: _Seen, slurm: _Slurm | None
         return _as_the_store_says(store, row, found)
     if slurm is None:
         if found.state == "interrupted":
-            return replace(row, state="interrupted", reason="its process was stopped")
+            return replace(row, state="interrupted", reason=f"its process was stopped{_goes_on(found)}")
         return (
             replace(row, state="queued", reason="no result yet") if stage.job else _lost(row, "no result, and no job")
         )
@@ -503,7 +516,7 @@ def _row(store: Store, stage: SubmittedStage, found: _Seen, slurm: _Slurm | None
     if stage.job in slurm.cancelled:
         return replace(row, state="cancelled", reason="cancelled while it waited")
     if found.state == "interrupted":
-        return replace(row, state="interrupted", reason="its process was stopped; goes on from its last checkpoint")
+        return replace(row, state="interrupted", reason=f"its process was stopped{_goes_on(found)}")
     if "_" in stage.job and queue.base_id(stage.job) in slurm.arrays:
         # Slurm knows its array but not it: that is what a cancel before its turn leaves.
         return replace(row, state="cancelled", reason="cancelled while it waited")
@@ -525,7 +538,7 @@ def _as_the_store_says(store: Store, row: Row, found: _Seen) -> Row:
         return replace(
             row, state="running", reason=who, seconds=_seconds_since(since), progress=_progress(found.folder)
         )
-    return replace(row, state="interrupted", reason="its process died; goes on from its last checkpoint")
+    return replace(row, state="interrupted", reason=f"its process died{_goes_on(found)}")
 
 
 def _ended(row: Row, job: JobState, found: _Seen, watch: Watch | None) -> Row:
@@ -537,10 +550,11 @@ def _ended(row: Row, job: JobState, found: _Seen, watch: Watch | None) -> Row:
             return replace(row, state="running", reason="its job has ended, its result is not seen here yet")
         return _lost(row, "its job ended well and left no result; on a slow file system look again in a minute")
     if job.state == "CANCELLED":
-        started = "" if found.state == "absent" else "; goes on from its last checkpoint"
-        return replace(row, state="cancelled", reason=f"cancelled {after.strip() or 'while it waited'}{started}")
+        return replace(
+            row, state="cancelled", reason=f"cancelled {after.strip() or 'while it waited'}{_goes_on(found)}"
+        )
     if job.state in _DEAD_WORDS:
-        return replace(row, state="interrupted", reason=f"{_DEAD_WORDS[job.state]}{after}")
+        return replace(row, state="interrupted", reason=f"{_DEAD_WORDS[job.state]}{after}{_goes_on(found)}")
     how = _FAILED_WORDS.get(job.state) or f"ended as {job.state}" + (f" ({job.reason})" if job.reason else "")
     if job.state == "OUT_OF_MEMORY":
         asked = row.stage.resources.get("memory_gb")
@@ -548,6 +562,10 @@ def _ended(row: Row, job: JobState, found: _Seen, watch: Watch | None) -> Row:
         how += f": name more under stages: {{{_name(row.stage)}: {{memory_gb: ...}}}} in the profile"
     words = "" if job.state == "OUT_OF_MEMORY" else _last_words(row.stage.stderr)
     return replace(row, state="failed", error=f"its job {how}" + (f"; last words: {words}" if words else ""))
+
+
+def _goes_on(found: _Seen) -> str:
+    return "; a retry goes on from its checkpoint" if _listing(found.folder / CHECKPOINTS) else ""
 
 
 def _why_it_waits(job: JobState, needs: Sequence[Row]) -> str:

@@ -98,7 +98,7 @@ def _troubles(status: Status, every: bool) -> list[str]:
     bad = [row for row in status.rows if row.retry]
     lines: list[str] = []
     for row in bad if every else bad[:_FEW]:
-        lines += ["", f"{row.stage.title} {_verb(row.state)}: {row.error or row.reason}"]
+        lines += ["", f"{row.stage.title} failed: {row.error}" if row.error else f"{row.stage.title}: {row.reason}"]
         held = sum(row.stage.title in other.blocked_by for other in status.rows)
         if held:
             lines.append(f"  holds up  {held:,} stage{'s' * (held > 1)}")
@@ -110,10 +110,6 @@ def _troubles(status: Status, every: bool) -> list[str]:
     if len(bad) > _FEW and not every:
         lines += ["", f"and {len(bad) - _FEW:,} more; --all shows them"]
     return lines
-
-
-def _verb(state: str) -> str:
-    return {"failed": "failed", "lost": "is lost"}.get(state, f"was {state}")
 
 
 def _next(status: Status) -> list[str]:

@@ -6,6 +6,9 @@ import fcntl
 import io
 import json
 import os
+import re
+import resource
+import shlex
 import socket
 import subprocess
 import sys
@@ -547,11 +550,7 @@ def test_logs_that_are_followed_end_with_the_stages(sweep: Sweep, command: Comma
 def test_cancel(sweep: Sweep, command: Command) -> None:
     sweep.jobs(encoder="RUNNING", low8=("PENDING", "Dependency"), score8=("PENDING", "Dependency"))
     code, out, _ = command("cancel", "clusters", "--dry-run")
-    assert (
-        code == 0
-        and out.startswith("would cancel 3 jobs, of which 1 was running\n")
-        and not sweep.slurm.calls("scancel")
-    )
+    assert code == 0 and out.startswith("would cancel 3 jobs (1 running)\n") and not sweep.slurm.calls("scancel")
     told = json.loads(command("cancel", "clusters", "encoder", "--json")[1])
     assert [one["job"] for one in told["cancelled"]] == ["10"] and told["holds_up"] == [
         "lowlevel [clusters=8]",
@@ -757,9 +756,9 @@ def test_status_of_five_thousand_stages_takes_less_than_two_seconds(sweep: Sweep
             )
     submissions.write(sweep.store, replace(sweep.submission, stages=tuple(stages)))
     sweep.slurm.program("squeue", "\n".join(queue))
-    took = []
+    took, worked = [], []
     for _ in range(2):
-        started = time.monotonic()
+        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-m", "benchmark.sweep", "status", "clusters", "--out", str(sweep.out)],
             capture_output=True,
@@ -769,8 +768,40 @@ def test_status_of_five_thousand_stages_takes_less_than_two_seconds(sweep: Sweep
             check=True,
         )
         took.append(time.monotonic() - started)
-    print(f"status of 5,000 stages: {min(took):.2f} s, Python's start included")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        worked.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    print(f"status of 5,000 stages: {min(took):.2f} s ({min(worked):.2f} s of CPU), Python's start included")
     assert done.stdout.startswith("clusters-20261123-191500: 5,000 stages: 200 running, 1,800 queued, 3,000 done\n")
     assert len(done.stdout.splitlines()) < 80
-    # Half a second alone on one core; with a margin for a busy machine still below what was asked for.
-    assert min(took) < 2.0
+    # What it works for is what it takes on a machine that does nothing else.
+    assert min(worked) < 2.0
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page_commands() -> list[list[str]]:
+    lines = (ROOT / "docs" / "clusters.md").read_text().splitlines()
+    found = [
+        shlex.split(line.strip(), comments=True) for line in lines if line.startswith("    python -m benchmark.sweep")
+    ]
+    return [words[3:] for words in found]
+
+
+@pytest.mark.parametrize("words", page_commands(), ids=" ".join)
+def test_commands_of_the_page_are_understood(words: list[str]) -> None:
+    from benchmark.launch.commands import parser
+    from benchmark.sweep import COMMANDS
+    from benchmark.sweep import parser as sweep_parser
+
+    if words[0] in COMMANDS:
+        parser(words[0]).parse_args(words[1:])
+        return
+    args = sweep_parser().parse_args(words)
+    assert args.profile is None or (ROOT / args.profile).is_file()
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    page = ROOT / "docs" / "clusters.md"
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    assert len(links) > 6 and all((page.parent / link).exists() for link in links)
