@@ -375,6 +375,8 @@ def _sync(args: argparse.Namespace, store: Store) -> int:
     ]
     waiting = sum(len(one.waiting) for one in found)
     synced = sum(len(one.synced) for one in found)
+    if waiting and not args.dry_run:
+        require_key()
     report: dict[str, Any] = {
         "waiting": waiting,
         "synced_before": synced,
@@ -395,8 +397,6 @@ def _sync(args: argparse.Namespace, store: Store) -> int:
             for path in one.waiting:
                 print(f"  {one.title}: {_near(path.parent.absolute())}")
         return 0
-    if waiting:
-        require_key()
 
     def told(one: Uploaded) -> None:
         if not args.json:

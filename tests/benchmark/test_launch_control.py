@@ -638,6 +638,40 @@ def test_help_names_the_commands_and_is_light() -> None:
             )
 
 
+def test_sync_finds_the_offline_runs_of_all_stages_that_do_not_run(
+    sweep: Sweep, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def offline(title: str, name: str, synced: bool = False) -> Path:
+        run = sweep.folder(title) / "tracking" / "wandb" / f"offline-run-{name}" / f"run-{name}.wandb"
+        run.parent.mkdir(parents=True)
+        run.write_bytes(b"records, more than a header")
+        if synced:
+            run.with_name(f"{run.name}.synced").touch()
+        return run
+
+    assert command("sync", "clusters")[:2] == (0, "to upload: 0 offline runs of 0 stages; 0 uploaded before\n")
+    sweep.tell("encoder", "done")
+    sweep.tell("lowlevel [clusters=8]", "running")
+    sweep.jobs(low8="RUNNING")
+    waiting = [offline("encoder", "a"), offline("encoder", "b")]
+    offline("encoder", "0", synced=True)
+    offline("lowlevel [clusters=8]", "c")
+    code, out, err = command("sync", "clusters", "--dry-run")
+    assert (code, err) == (0, "") and out.splitlines() == [
+        "would upload: 2 offline runs of 1 stage; 1 uploaded before",
+        "1 stage still running: upload them later, with the same command",
+        *(f"  encoder: {run.parent}" for run in waiting),
+    ]
+    told = json.loads(command("sync", "clusters", "--dry-run", "--json")[1])
+    assert told["stages"] == [{"stage": "encoder", "runs": [str(run) for run in waiting]}]
+    code, out, err = command("sync", "clusters")
+    assert (code, out) == (2, "") and err.startswith("error: no key for W&B (https://api.wandb.ai): type wandb login")
+
+
 # --- following --------------------------------------------------------------------------------------------------------
 
 
