@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmark.config import Variant, paper
+from benchmark.config import BranchConfig, Variant, paper
 from benchmark.graph import Decision, Stage
 
 NSD_IMAGES, TRAINING_IMAGES, COCO_IMAGES = 73_000, 72_000, 123_403
@@ -25,6 +25,9 @@ _DIP_NET = 1.2e11  # hourglass of 128 channels at 224 pixels
 _UNET_256, _UNET_768, _VAE_256 = 4e11, 3.4e12, 2.5e12
 _JUDGES = 3e11
 _UNET_PARAMETERS, _BIT_TRUNK = 2.5e9, 3.6e7
+_BANDWIDTH = 2e12  # bytes a second
+_SLOWER = 100  # eigendecompositions in float64
+_TOKENS = {"lowlevel": (7190 * 512, _VGG_112), "semantic": (256 * 1664, 0.0)}  # values of an image, and making them
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,39 @@ def _clusters(variant: Variant) -> Estimate:
     return Estimate(0, VOXELS * 4, 0, 16e9)
 
 
-def _bit(branch: str, paper_hours: float) -> Any:
+def _branch(branch: str, paper_hours: float) -> Any:
     def maker(variant: Variant) -> Estimate:
         config, published = getattr(variant, branch), getattr(paper(), branch)
+        if config.predictor == "ridge":
+            return _ridge(*_TOKENS[branch])
+        if config.predictor != "bit":
+            return _mlp(config, *_TOKENS[branch])
         share = _steps(config.training) * config.batch / (_steps(published.training) * published.batch)
         parameters = (VOXELS * config.dim + _BIT_TRUNK) * 4
         live = 1.5 if variant.targets.external == "live" else 1.0
         return Estimate(paper_hours * share * live, parameters, 5 * parameters, 70e9)
 
     return maker
+
+
+def _mlp(config: BranchConfig, values: int, target: float) -> Estimate:
+    """Return what an MLP takes: linear maps of the voxels and of the last hidden space are nearly all of it."""
+    mlp, steps = config.mlp, _steps(config.training)
+    images = steps * config.batch
+    weights = (VOXELS + values + mlp.blocks * mlp.hidden) * mlp.hidden
+    used = (VOXELS / SUBJECTS + values + mlp.blocks * mlp.hidden) * mlp.hidden  # an image has one subject's voxels
+    moved = 40 * weights * steps / _BANDWIDTH  # AdamW reads and writes weights, moments and gradients
+    seconds = images * (6 * used + target) / _RATE + moved
+    return Estimate(seconds / 3600, 4 * weights, 20 * weights, 16 * weights + 12 * config.batch * values)
+
+
+def _ridge(values: int, target: float) -> Estimate:
+    """Return what a ridge takes: one eigendecomposition a fold, layer and subject, and predictions for validation."""
+    seen, held_out = 0.9 * TRAINING_IMAGES / SUBJECTS, 0.1 * TRAINING_IMAGES
+    folds = 6 * 5 * SUBJECTS * 10 * seen**3  # eigendecompositions: five folds and all, of at most five layers
+    predictions = 2 * held_out * (2 * seen * values + seen * target / 64)  # for calibration and for the correlation
+    memory = 24 * seen * VOXELS / SUBJECTS + 12 * 256 * values
+    return Estimate((_SLOWER * folds + predictions) / _RATE / 3600, 1e4, 0, memory)
 
 
 def _joint(variant: Variant) -> Estimate:
@@ -156,8 +183,8 @@ _MAKERS = {
     "encoder": _encoder,
     "external": _predicted,
     "clusters": _clusters,
-    "lowlevel": _bit("lowlevel", 12),
-    "semantic": _bit("semantic", 8),
+    "lowlevel": _branch("lowlevel", 12),
+    "semantic": _branch("semantic", 8),
     "joint": _joint,
     "reconstruct": _reconstruct,
     "reconstruct-synthetic": _reconstruct,

@@ -46,6 +46,25 @@ def test_estimates_follow_the_settings() -> None:
     assert costs(networks__refiner=None)["reconstruct"].gpu_hours < usual["reconstruct"].gpu_hours
 
 
+def test_what_stands_in_a_bits_place_takes_less() -> None:
+    usual = costs()
+    mlp = costs(lowlevel__predictor="mlp-infonce", semantic__predictor="mlp")
+    ridge = costs(lowlevel__predictor="ridge", semantic__predictor="ridge")
+    for name in ("lowlevel", "semantic"):
+        assert 0 < ridge[name].gpu_hours < mlp[name].gpu_hours < usual[name].gpu_hours
+        assert ridge[name].memory < mlp[name].memory < 79e9, "all of it fits one GPU"
+    # Weights of MindEye's width: 4096 hidden units, all subjects' voxels, 256 tokens of 1664.
+    assert mlp["semantic"].disk == pytest.approx(4 * 4096 * (315_997 + 256 * 1664), rel=0.05)
+    assert "joint" not in mlp and "joint" not in ridge and "encoder" not in ridge and "clusters" not in mlp
+    assert set(costs(lowlevel__predictor="oracle", semantic__predictor="oracle")) == {
+        "prepare",
+        "targets",
+        "reconstruct",
+        "score",
+        "references",
+    }
+
+
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert missing_disk(tmp_path / "not" / "yet", 1.0) == []
     (problem,) = missing_disk(tmp_path, 1e18)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmark.data import paths
+from benchmark.sweeps import sweep_names
 
 pytestmark = pytest.mark.timeout(900)  # the first test that needs the small sweep waits for it
 Run = Callable[..., Any]
@@ -52,7 +53,7 @@ def test_a_reader_that_stops_early_is_no_failure() -> None:
 SLIPS = [
     (["clutsers"], "unknown sweep 'clutsers' (did you mean 'clusters'?)"),
     (["lst"], "unknown sweep 'lst' (did you mean 'list'?)"),
-    (["zzz"], "unknown sweep 'zzz'; choose from clusters, seeds"),
+    (["zzz"], f"unknown sweep 'zzz'; choose from {', '.join(sweep_names())}"),
     (["clusters", "--ot", "x"], "unknown option '--ot' (did you mean '--out'?)"),
     (["clusters", "--dryrun"], "unknown option '--dryrun' (did you mean '--dry-run'?)"),
     (["clusters", "--preset", "dmo"], "unknown --preset 'dmo' (did you mean 'demo'?)"),

@@ -65,7 +65,34 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, **changes: Any) -> None:
-    (folder / "width.yaml").write_text(yaml.safe_dump({**GOOD, **changes}))
+    (folder / "width.yaml").write_text(yaml.safe_dump({**GOOD, **changes}, sort_keys=False))
+
+
+NAMED: dict[str, Any] = {
+    "name": "kind",
+    "variants": {"small": {"lowlevel.dim": 8, "semantic.dim": 8}, "tall": {"lowlevel.depth": 9}, "plain": None},
+    "main": "plain",
+}
+
+
+def test_an_axis_may_name_sets_of_settings(folder: Path) -> None:
+    write(folder, axis=NAMED)
+    sweep = load_sweep("width")
+    assert sweep.axis.values == sweep.axis.quick == ("small", "tall", "plain")
+    assert sweep.axis.varied == ("lowlevel.dim", "semantic.dim", "lowlevel.depth")
+    assert sweep.settings() == sweep.settings(quick=True)
+    assert sweep.settings() == {
+        "kind=small": {"lowlevel.depth": 1, "lowlevel.dim": 8, "semantic.dim": 8},
+        "kind=tall": {"lowlevel.depth": 9},
+        "kind=plain": {"lowlevel.depth": 1},
+    }
+    some = sweep.only(["plain", "small"])
+    assert list(some.settings()) == ["kind=small", "kind=plain"] and some.axis.main == "plain"
+    assert (
+        sweep.only(["tall"]).axis.main == "tall" and sweep.only(["tall"]).settings()["kind=tall"]["lowlevel.depth"] == 9
+    )
+    write(folder, axis={**NAMED, "quick": ["tall", "plain"]})
+    assert list(load_sweep("width").settings(quick=True)) == ["kind=tall", "kind=plain"]
 
 
 def test_a_sweep_is_read_from_its_file(folder: Path) -> None:
@@ -87,6 +114,20 @@ def test_a_sweep_is_read_from_its_file(folder: Path) -> None:
         ({"axis": {**GOOD["axis"], "values": []}}, "width.yaml: axis.values: Tuple should have at least 1 item"),
         ({"axis": {**GOOD["axis"], "quick": [9]}}, "width.yaml: axis.quick has 9, which is not among axis.values"),
         ({"axis": {k: v for k, v in GOOD["axis"].items() if k != "main"}}, "width.yaml: axis.main: Field required"),
+        ({"axis": {**GOOD["axis"], "main": 9}}, "width.yaml: axis.main has 9, which is not among axis.values"),
+        (
+            {"axis": {k: v for k, v in GOOD["axis"].items() if k != "setting"}},
+            "width.yaml: axis: give setting and values, or variants",
+        ),
+        (
+            {"axis": {**NAMED, "setting": "lowlevel.dim"}},
+            "width.yaml: axis: variants take the place of setting, values and log",
+        ),
+        ({"axis": {**NAMED, "variants": ["a"]}}, "width.yaml: axis.variants: Input should be a valid dictionary"),
+        ({"axis": {**NAMED, "variants": {}}}, "width.yaml: axis.values: Tuple should have at least 1 item"),
+        ({"axis": {**NAMED, "variants": {"a": 3}, "main": "a"}}, "width.yaml: axis.variants.a: Input should be"),
+        ({"axis": {**NAMED, "main": "large"}}, "width.yaml: axis.main has 'large', which is not among axis.values"),
+        ({"axis": {**NAMED, "quick": ["tal"]}}, "width.yaml: axis.quick has 'tal', which is not among axis.values"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_field(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -151,6 +192,12 @@ def plan(variant: Variant, label: str = "x", digest: str | None = None) -> dict[
         ("semantic.depth", 7, {"semantic", "joint", *IMAGES}),
         ("semantic.training.steps", 401, {"semantic", "joint", *IMAGES}),
         ("joint.offset_noise", 0.0, {"joint", *IMAGES}),
+        ("data.external_used", 0.5, {"lowlevel", "semantic", "joint", *IMAGES}),
+        ("lowlevel.predictor", "mlp-mse", {"lowlevel", *IMAGES}),
+        ("lowlevel.predictor", "ridge", {"lowlevel", *IMAGES}),
+        ("lowlevel.mlp.hidden", 9, set()),
+        ("refinement.also_semantic", True, set()),
+        ("score.images", "semantic", {"references"}),
         ("dip.steps", 3, IMAGES),
         ("dip.calibrate", False, IMAGES),
         ("generation.guidance", 3.25, IMAGES),
@@ -188,6 +235,66 @@ def test_the_seed_of_the_variant_draws_batches_too() -> None:
         "semantic": 3,
         "joint": 3,
     }
+
+
+def test_external_images_enter_where_they_are_drawn() -> None:
+    """The demo's joint training draws none: how many there are is in no config of its own."""
+    own = plan(demo().with_settings({"data.external_used": 0.5}))
+    assert own["lowlevel"].config["external_used"] == own["semantic"].config["external_used"] == 0.5
+    assert "external_used" not in own["joint"].config
+    everything = plan(demo().with_settings({"data.external_used": 1}))
+    assert everything["score"].fingerprint == plan(demo())["score"].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"lowlevel.predictor": "ridge", "semantic.predictor": "ridge"}, {"lowlevel", "semantic"}),
+        (
+            {"lowlevel.predictor": "mlp-infonce", "semantic.predictor": "mlp"},
+            {"encoder", "external", "lowlevel", "semantic"},
+        ),
+        ({"lowlevel.predictor": "oracle", "semantic.predictor": "oracle"}, set()),
+        ({"lowlevel.predictor": "oracle"}, set(ORDER) & {*BELOW_ENCODER} - {"lowlevel", *IMAGES}),
+        ({"joint.enabled": False}, {"encoder", "external", "clusters", "lowlevel", "semantic"}),
+    ],
+)
+def test_what_stands_in_a_bits_place_gets_nothing_that_a_bit_is_built_on(
+    settings: dict[str, Any], names: set[str]
+) -> None:
+    own = plan(demo().with_settings(settings))
+    assert set(own) == {"simulate", "prepare", "targets", *names, *IMAGES}
+    assert ("joint" in own["reconstruct"].upstream) == ("joint" in names)
+
+
+def test_an_mlp_has_the_branchs_recipe_and_its_own_rate() -> None:
+    before, after = plan(demo()), plan(demo().with_settings({"lowlevel.predictor": "mlp-infonce"}))
+    bit, mlp = dict(before["lowlevel"].config), dict(after["lowlevel"].config)
+    assert mlp["training"]["optimiser"]["lr"] == demo().lowlevel.mlp.lr and not mlp["training"]["optimiser"]["groups"]
+    assert {**mlp["training"], "optimiser": None} == {**bit["training"], "optimiser": None}
+    assert all(mlp[name] == bit[name] for name in ("batch", "seed", "external_fraction", "layers", "sampled", "scale"))
+    squared = plan(demo().with_settings({"lowlevel.predictor": "mlp-mse"}))["lowlevel"].config
+    assert {k for k in mlp if mlp[k] != squared.get(k)} == {"predictor", "scale"} and "scale" not in squared
+
+
+def test_the_sweep_of_branches_trains_and_reconstructs_once() -> None:
+    """On the demo, what is scored is what the sweep of clusters scores, too."""
+    sweep = load_sweep("branches")
+    variants = {name: demo().with_settings(own) for name, own in sweep.settings().items()}
+    assert [name for name, variant in variants.items() if variant.lacks] == [
+        "branches=semantic-refined",
+        "branches=unrefined",
+    ]
+    scores = {
+        variant_stages(variant, name).score.fingerprint for name, variant in variants.items() if variant.lacks is None
+    }
+    assert scores == {plan(demo())["score"].fingerprint}
+    full = {
+        name: variant_stages(PRESETS["paper"]().with_settings(own), name, "d" * 64, absent="missing")
+        for name, own in sweep.settings().items()
+    }
+    assert len({own.reconstruct.fingerprint for own in full.values()}) == 1
+    assert len({own.score.fingerprint for own in full.values()}) == 3, "the usual images, and two more sets"
 
 
 def test_a_sweep_shares_what_does_not_depend_on_its_axis() -> None:
@@ -232,6 +339,7 @@ def test_weights_and_the_rules_of_scoring_are_in_the_fingerprints(monkeypatch: p
         ({"networks.lowlevel": "vgg17"}, "networks.lowlevel is 'vgg17', which this release cannot load; it has lite0"),
         ({"score.protocol": "dmeo"}, "score.protocol: no protocol 'dmeo' (did you mean 'demo'?)"),
         ({"score.protocol": "brain-it"}, "weights missing: alexnet.pth"),
+        ({"score.images": "semantic-refined"}, "score.images 'semantic-refined' needs refinement.also_semantic"),
         ({"networks.generator": "sdxl-unclip"}, "weights missing: unclip6_epoch0_step110000.ckpt"),
     ],
 )

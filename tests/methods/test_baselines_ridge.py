@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.model_selection import GridSearchCV
 from torch import Tensor
 
-from methods.baselines.ridge import ALPHAS, Ridge, fold_indices
+from methods.baselines.ridge import ALPHAS, Ridge, fold_indices, image_weights
 
 
 def problem(n: int, voxels: int, shape: tuple[int, ...], seed: int = 0, noise: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -57,6 +57,16 @@ def test_penalty_and_its_errors_equal_a_grid_search(n: int, voxels: int, folds: 
     assert ridge.alpha == search.best_params_["alpha"]
     np.testing.assert_allclose(ridge.errors, -search.cv_results_["mean_test_score"], rtol=1e-8)
     np.testing.assert_allclose(ridge.predict(x).numpy(), search.predict(x.numpy()), atol=1e-8)
+
+
+@pytest.mark.parametrize(("n", "voxels"), [(12, 40), (40, 12)])
+@pytest.mark.parametrize("alpha", [0.1, 30.0])
+def test_a_prediction_is_a_weighted_sum_of_targets(n: int, voxels: int, alpha: float) -> None:
+    x, y = problem(n, voxels, (3, 4))
+    new = problem(5, voxels, (1,), seed=1)[0]
+    weights = image_weights(x, new, alpha)
+    torch.testing.assert_close(torch.tensordot(weights, y, 1), Ridge([alpha]).fit(x, y).predict(new))
+    torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
 
 
 def test_chunks_of_targets_change_nothing() -> None:
