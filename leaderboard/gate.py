@@ -33,6 +33,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 from scipy.stats import false_discovery_control
 
@@ -55,6 +56,7 @@ BLOCKING = ("PixCorr", "SSIM", "Alex(2)", "Alex(5)", "Incep", "CLIP", "Eff", "Sw
 
 Verdict = Literal["regressed", "improved", "no change shown"]
 Role = Literal["blocking", "advisory"]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -372,18 +374,20 @@ def check(
     means_b = np.nanmean(pair.whole_baseline[:, own], axis=(0, 2, 3))
     margin = np.array([margins[key].of(mean) for key, mean in zip(keys, means_b, strict=True)])
     higher = np.array([CARDS[key].direction == "higher" for key in keys])
-    nowhere = np.isnan(pair.candidate[:, own]).all(axis=(0, 2, 3))
-    found = measure(*(np.where(nowhere[:, None, None], 0.0, side) for side in (a, b)), higher, margin, rules)
+    nowhere: Flags = np.asarray(np.isnan(a).all(axis=(0, 2, 3)))
+    blank = nowhere[:, None, None]
+    found = measure(np.where(blank, 0.0, a), np.where(blank, 0.0, b), higher, margin, rules)
     # No value where the baseline has one, as of an image of one flat colour, is a drop that no test need confirm.
     p_worse = np.where(broken > 0, 0.0, found.p_worse)
     p_better = np.where(broken > 0, 1.0, found.p_better)
-    blocking = np.array([role == "blocking" for role in roles.values()])
+    blocking: Flags = np.asarray([role == "blocking" for role in roles.values()])
     q_worse = np.empty(len(keys))
-    for members in (blocking, ~blocking):
+    advisory: Flags = ~blocking
+    for members in (blocking, advisory):
         if members.any():
             q_worse[members] = false_discovery_control(p_worse[members])
     q_better = false_discovery_control(p_better)
-    tests = np.where(blocking, blocking.sum(), (~blocking).sum())
+    tests = np.where(blocking, blocking.sum(), advisory.sum())
     detectable = [float(found.detectable(margin, rules.alpha, rules.power, int(n))[k]) for k, n in enumerate(tests)]
     regressed = found.regressed(margin, rules.alpha, q_worse) | (broken > 0)
     improved = found.improved(rules.alpha, q_better) & (broken == 0)
@@ -568,13 +572,15 @@ def _as_rows(table: pa.Table, place: int, filled: bool = False) -> pa.Table:
     )
 
 
-def _same_images(candidate: str, baseline: str, a: np.ndarray, b: np.ndarray, data: Scores) -> None:
+def _same_images(candidate: str, baseline: str, a: Flags, b: Flags, data: Scores) -> None:
     names = (candidate, baseline)
-    subjects = [[s for s, seen in zip(data.subjects, cells.any(axis=1), strict=True) if seen] for cells in (a, b)]
+    subjects = [
+        [s for s, seen in zip(data.subjects, np.asarray(cells.any(axis=1)), strict=True) if seen] for cells in (a, b)
+    ]
     if subjects[0] != subjects[1]:
         told = " and ".join(f"{', '.join(map(str, own))} ({name})" for own, name in zip(subjects, names, strict=True))
         raise ValueError(f"different subjects: {told}; score both on the same")
-    alone = [a & ~b, b & ~a]
+    alone: list[Flags] = [a & ~b, b & ~a]
     if not any(cells.any() for cells in alone):
         return
     parts = []

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RESULTS = "results"
+PROTOCOLS = b"protocols"
+"""Metadata of a per-image Parquet: JSON, variant -> {"protocol", "protocol_hash"}."""
+
 _LEADERBOARD = "leaderboard.json"
 
 

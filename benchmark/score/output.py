@@ -21,6 +21,7 @@ from benchmark.score.options import Job
 from benchmark.score.scoring import Result
 from benchmark.score.tables import print_comparison, print_result
 from benchmark.score.work import Work
+from leaderboard.results import PROTOCOLS
 from leaderboard.schema import write_atomically
 
 
@@ -42,7 +43,8 @@ def write(args: argparse.Namespace, job: Job, work: Work, arguments: Sequence[st
     written = []
     if args.per_image is not None:
         buffer = io.BytesIO()
-        pq.write_table(pa.concat_tables([result.per_image for result in work.results.values()]), buffer)
+        table = pa.concat_tables([result.per_image for result in work.results.values()])
+        pq.write_table(table.replace_schema_metadata({PROTOCOLS: json.dumps(_protocols(job, work.results))}), buffer)
         written.append(_write(args.per_image, buffer.getvalue()))
     if args.out is not None:
         text = json.dumps(_content(args, job, work, arguments), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -52,6 +54,14 @@ def write(args: argparse.Namespace, job: Job, work: Work, arguments: Sequence[st
             written.append(_write(Path(args.out), text.encode()))
     if written:
         Console(stderr=args.out == "-", highlight=False).print(f"written: {', '.join(written)}", markup=False)
+
+
+def _protocols(job: Job, results: Mapping[str, Result]) -> dict[str, dict[str, str]]:
+    """Return variant -> how its scores were made, for the metadata of the Parquet: scores outlive what lies beside."""
+    return {
+        name if job.every else "": {"protocol": name, "protocol_hash": result.overall.protocol_hash}
+        for name, result in results.items()
+    }
 
 
 def _content(args: argparse.Namespace, job: Job, work: Work, arguments: Sequence[str]) -> dict[str, Any]:
