@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from typing import Any
 
 from benchmark.errors import UserError, did_you_mean
 from benchmark.store import Store, read_json, write_text
+
+_STAMP = re.compile(r"-(\d{8}-\d{6})(?:-(\d+))?")  # what follows a sweep's name in an id
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,14 @@ def find(store: Store, name: str) -> Submission:
             found = _read(path)
             if found is None:
                 raise UserError(f"the record of submission {name} is damaged: {path}; type the sweep's command again")
+            return found
+    # By their names, the newest first, so that one record is read: that of a large sweep takes a while.
+    dated = [
+        (match[1], int(match[2] or 1), path) for path in paths if (match := _STAMP.fullmatch(path.stem, len(name)))
+    ]
+    for *_, path in sorted(dated, reverse=True):
+        found = _read(path) if path.stem.startswith(name) else None
+        if found is not None and found.sweep == name:
             return found
     records = history(store)
     for record in records:
