@@ -264,7 +264,7 @@ def variant_stages(
             "refinement": {k: v for k, v in refinement.items() if k != "batch"},
         },
         upstream={role: stage for role, stage in read.items() if stage is not None},
-        digests={role: weights[role] for role in _reconstructing(variant) if role in weights},
+        digests={role: weights[role] for role in ("generator", "lowlevel", "refiner") if role in weights},
         hints={
             "dip": variant.dip.batch,
             "generation": variant.generation.batch,
@@ -452,12 +452,6 @@ def _stand_in(part: LowLevelConfig | SemanticConfig, config: Mapping[str, Any]) 
     own |= {**mlp, "external_fraction": config["external_fraction"]}
     own |= {"scale": config["scale"]} if part.predictor == "mlp-infonce" else {}
     return {**own, "training": {**config["training"], "optimiser": optimiser}}
-
-
-def _reconstructing(variant: Variant) -> tuple[str, ...]:
-    """Return the roles of the networks that reconstruct: those of the true features too, where these are known."""
-    own = ("generator", "lowlevel", "refiner")
-    return (*own, "semantic") if variant.semantic.predictor == "oracle" else own
 
 
 def _clustering(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmark.context import StageContext
+from benchmark.errors import UserError
 from benchmark.graph import Stage
 from benchmark.stages.bit import Batch, fit_lowlevel, fit_semantic, open_pool, save_calibration, token_correlation
 from benchmark.stages.features import LowLevelTargets, SemanticTargets
@@ -28,6 +29,7 @@ from methods.baselines.mlp import MLP
 from methods.baselines.ridge import Ridge, image_weights
 
 RIDGE = "ridge.json"
+FOLDS = 5  # of the cross-validation
 VALUES = 16384  # of a layer's target values, drawn at random, that choose its penalty
 IMAGES = 256  # whose targets are in memory at a time
 
@@ -155,6 +157,9 @@ def run_ridge(ctx: StageContext) -> dict[str, Any]:
 
     Outputs: ``ridge.json``, the penalties: what else a ridge is follows from the recordings by one solve; and of the
     low-level branch ``calibration.safetensors`` as a BIT's.
+
+    Raises:
+        UserError: a subject with fewer training images than folds.
     """
     data = Prepared(ctx.inputs["data"])
     targets = Targets.of(ctx, data)
@@ -164,12 +169,17 @@ def run_ridge(ctx: StageContext) -> dict[str, Any]:
     with ctx.progress.bar(f"{ctx.stage.name} ridge", total=len(data.subjects)) as bar:
         for position in range(len(data.subjects)):
             x, rows = recordings(data, position)
+            if len(x) < FOLDS:
+                raise UserError(
+                    f"subject {data.subjects[position]} has {len(x)} training images; "
+                    f"predictor ridge needs {FOLDS} or more, or --set {ctx.stage.name}.predictor=bit"
+                )
             drawn: list[list[Tensor]] = [[] for _ in columns]
             for part in batches(len(rows)):
                 for k, layer in enumerate(targets(rows[part]).split(targets.layers, 1)):
                     drawn[k].append(layer.flatten(1)[:, columns[k].to(layer.device)])
             x = x.to(ctx.device)
-            alphas.append([Ridge(seed=seed).fit(x, torch.cat(y)).alpha for y in drawn])
+            alphas.append([Ridge(folds=FOLDS, seed=seed).fit(x, torch.cat(y)).alpha for y in drawn])
             bar.advance(1, f"subject {data.subjects[position]}")
     named = {str(subject): own for subject, own in zip(data.subjects, alphas, strict=True)}
     (ctx.out / RIDGE).write_text(json.dumps({"alphas": named}, indent=2) + "\n")

@@ -250,6 +250,15 @@ def test_few_values_choose_a_penalty(data: Prepared, context: Callable[..., Any]
     assert not torch.equal(columns[0], others[0]) and not torch.equal(columns[0], columns[1])
 
 
+def test_a_subject_with_few_images_has_no_ridge(
+    data: Prepared, context: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = data.restricted(recordings(data, 0)[1][:0])
+    monkeypatch.setattr(baselines, "Prepared", lambda _: few)
+    with pytest.raises(UserError, match="subject 1 has 0 training images; predictor ridge needs 5 or more"):
+        baselines.run_ridge(context("semantic", "ridge"))
+
+
 # --- the true features ------------------------------------------------------------------------------------------------
 
 
