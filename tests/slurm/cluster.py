@@ -157,8 +157,7 @@ class Cluster:
         steps = self._step_daemons(node)
         daemon.kill()
         daemon.wait()
-        for pid in (*steps, *self.job_processes(node=node)):
-            _kill(pid)
+        _kill(*steps, *self.job_processes(node=node))
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed by a test")
 
     def start_node(self, node: str) -> None:
@@ -175,8 +174,7 @@ class Cluster:
             self.run("scancel", "--full", "--signal=KILL", *jobs, check=False)
             self.run("scancel", *jobs, check=False)
         self.wait_idle(60)
-        for pid in self.job_processes():
-            _kill(pid)
+        _kill(*self.job_processes())
         self._wait(self._resumed, 60, "the nodes")
 
     # -- starting and stopping
@@ -205,8 +203,7 @@ class Cluster:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
-        for pid in (*steps, *self.job_processes()):
-            _kill(pid)
+        _kill(*steps, *self.job_processes())
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _names(self) -> list[str]:
@@ -432,9 +429,20 @@ def _command_line(pid: int) -> str:
     return ""
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def _kill(*pids: int) -> None:
+    """Kill processes and wait until they are gone, with the locks and files that they held."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while any(_lives(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def _listening(port: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -32,6 +33,8 @@ class Sweep:
         self.plan = Plan.of(targets)
         self.out, self.targets, self.profile = out, targets, profile
         self.submissions: list[Submission] = []
+        # Of a sweep that was submitted, then submitted again while it ran.
+        self.submitted_in, self.again, self.waited_for = math.nan, -1, dict[str, str]()
 
     def submit(self, mode: str = "cached", **fields: Any) -> int:
         """Type the sweep's command; return how many stages it submitted."""
@@ -75,14 +78,16 @@ class Sweep:
                 pytest.fail(f"not there after {seconds:g} s: {self.describe()}")
             time.sleep(0.1)
 
-    def until_trains(self, stage: Stage, checkpoints: int = 1, seconds: float = 60) -> None:
-        """Wait until a training is under way and has written so many checkpoints."""
+    def until_under_way(self, stage: Stage, seconds: float = 120) -> None:
+        """Wait until a training, or a walk, is in its middle and has written checkpoints."""
         folder = self.store.folder(stage) / "checkpoints"
 
-        def serials() -> list[int]:
-            return [int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*")]
+        def steps() -> int:
+            if (folder / "state.json").exists():
+                return int(read_json(folder / "state.json")["step"]) // 10
+            return max((int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*")), default=0)
 
-        self.until(lambda: max(serials(), default=-1) + 1 >= checkpoints, seconds)
+        self.until(lambda: steps() >= 1, seconds)
 
     def finish(self, seconds: float = 120) -> None:
         """Wait for the end of all jobs, then see that every stage has its result."""
@@ -148,12 +153,22 @@ def sweep(cluster: Cluster, tmp_path: Path) -> Callable[..., Sweep]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """Digests of all stages of four variants and of the chain, computed by jobs that nobody disturbed."""
+def calm(_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A sweep of two variants, and the chains, that nobody disturbs."""
     _cluster.heal()
-    targets = [*toys.scores(2, sleep=0.1), toys.chain(sleep=0.1)]
-    one = Sweep(_cluster, tmp_path_factory.mktemp("undisturbed"), targets)
+    targets = [*toys.scores(2, sleep=0.1), toys.chain(sleep=0.1), toys.chain(sleep=0.1, network=False)]
+    one = Sweep(_cluster, tmp_path_factory.mktemp("calm"), targets)
+    started = time.monotonic()
     one.submit()
-    one.finish(240)
-    assert sorted(one.runs()) == sorted(stage.key for stage in one.plan.stages)
-    return one.digests()
+    one.submitted_in = time.monotonic() - started
+    one.waited_for = dict(line.split() for line in _cluster.run("squeue", "-h", "-r", "-o", "%i %E").splitlines())
+    one.again = one.submit()
+    _cluster.wait_idle(280)
+    return one
+
+
+@pytest.fixture(scope="session")
+def undisturbed(calm: Sweep) -> Mapping[str, Any]:
+    """Digests of the stages of two variants and of the chains, computed by jobs that nobody disturbed."""
+    assert calm.done(), calm.describe()
+    return calm.digests()

@@ -139,11 +139,15 @@ def training(name: str, upstream: dict[str, Stage], seed: int, steps: int, sleep
     return stage(name, "fit", config=config, upstream=upstream, hints={"sleep": sleep}, **fields)
 
 
-def chain(sleep: float = 3, **config: Any) -> Stage:
-    """Return the last of three stages in a row: data, a training, a summary."""
+def chain(sleep: float = 3, network: bool = True) -> Stage:
+    """Return the last of three stages in a row: data, a training (or a walk, which starts sooner), a summary."""
     data = stage("data", "derive", hints={"sleep": sleep / 10})
-    encoder = training("encoder", {"data": data}, seed=0, steps=200, sleep=sleep)
-    return stage("summary", "derive", upstream={"encoder": encoder}, hints={"sleep": sleep / 10}, config=config)
+    if network:
+        middle = training("encoder", {"data": data}, seed=0, steps=200, sleep=sleep)
+    else:
+        config = {"seed": 0, "steps": 100}
+        middle = stage("encoder", "walk", config=config, upstream={"data": data}, hints={"sleep": sleep})
+    return stage("summary", "derive", upstream={"encoder": middle}, hints={"sleep": sleep / 10})
 
 
 def scores(variants: int, sleep: float = 3, first: int = 0) -> list[Stage]:
@@ -165,4 +169,14 @@ def scores(variants: int, sleep: float = 3, first: int = 0) -> list[Stage]:
             "joint", parts, number, 60, sleep / 2, resources=BOTH, config={"accumulate": 2, "dropout": 0}, **own
         )
         ends.append(stage("score", "derive", number, upstream={"joint": joint, "data": data}, **brief))
+    return ends
+
+
+def light(variants: int, sleep: float = 1, first: int = 0) -> list[Stage]:
+    """Return the last stage of each variant of a sweep without a network."""
+    middle = chain(sleep, network=False).upstream["encoder"]
+    ends = []
+    for number in range(first, first + variants):
+        clusters = stage("clusters", "derive", number, upstream={"encoder": middle}, label=f"variant={number}")
+        ends.append(stage("score", "derive", number, upstream={"clusters": clusters}, label=f"variant={number}"))
     return ends

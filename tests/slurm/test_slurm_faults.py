@@ -29,9 +29,18 @@ Make = Callable[..., Any]
 @pytest.fixture
 def training(sweep: Make) -> Any:
     """A chain of stages whose training is under way, some checkpoints after its start."""
-    one = sweep([toys.chain(sleep=4)], partition="low")
+    return under_way(sweep([toys.chain(sleep=4)], partition="low"))
+
+
+@pytest.fixture
+def walking(sweep: Make) -> Any:
+    """The same with a stage in its place that needs no network and keeps checkpoints of its own."""
+    return under_way(sweep([toys.chain(sleep=6, network=False)], partition="low"))
+
+
+def under_way(one: Any) -> Any:
     one.submit()
-    one.until_trains(one.stage("encoder"), checkpoints=2)
+    one.until_under_way(one.stage("encoder"))
     return one
 
 
@@ -51,14 +60,14 @@ def test_the_signal_before_a_time_limit(training: Any, undisturbed: Mapping[str,
     resumed(training, undisturbed)
 
 
-def test_preemption(training: Any, undisturbed: Mapping[str, Any]) -> None:
-    training.cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    resumed(training, undisturbed)
+def test_preemption(walking: Any, undisturbed: Mapping[str, Any]) -> None:
+    walking.cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    resumed(walking, undisturbed)
 
 
-def test_requeued_by_hand(training: Any, undisturbed: Mapping[str, Any]) -> None:
-    training.cluster.run("scontrol", "requeue", training.job(training.stage("encoder")))
-    resumed(training, undisturbed)
+def test_requeued_by_hand(walking: Any, undisturbed: Mapping[str, Any]) -> None:
+    walking.cluster.run("scontrol", "requeue", walking.job(walking.stage("encoder")))
+    resumed(walking, undisturbed)
 
 
 def test_death_of_a_node(training: Any, undisturbed: Mapping[str, Any]) -> None:
@@ -100,11 +109,11 @@ def ended_badly(one: Any) -> None:
     assert one.digests().keys() == {one.stage("data").key}
 
 
-def test_scancel(training: Any, undisturbed: Mapping[str, Any]) -> None:
-    training.cluster.run("scancel", training.job(training.stage("encoder")))
-    ended_badly(training)
-    assert training.submit() == 2
-    resumed(training, undisturbed)
+def test_scancel(walking: Any, undisturbed: Mapping[str, Any]) -> None:
+    walking.cluster.run("scancel", walking.job(walking.stage("encoder")))
+    ended_badly(walking)
+    assert walking.submit() == 2
+    resumed(walking, undisturbed)
 
 
 def test_kill_9_of_a_worker(training: Any, undisturbed: Mapping[str, Any]) -> None:
@@ -153,9 +162,7 @@ def fill(folder: Path) -> Path:
 
 
 def test_a_full_disk(small_disk: Path, sweep: Make, undisturbed: Mapping[str, Any]) -> None:
-    one = sweep([toys.chain(sleep=4)], small_disk)
-    one.submit()
-    one.until_trains(one.stage("encoder"), checkpoints=2)
+    one = under_way(sweep([toys.chain(sleep=6, network=False)], small_disk))
     ballast = fill(small_disk)
     one.cluster.wait_idle()
     states = one.states()
@@ -174,7 +181,7 @@ def test_a_full_disk(small_disk: Path, sweep: Make, undisturbed: Mapping[str, An
 
 
 def test_locks_that_dead_processes_left(sweep: Make, undisturbed: Mapping[str, Any]) -> None:
-    one = sweep([toys.chain(sleep=0.1)])
+    one = sweep([toys.chain(sleep=0.1, network=False)])
     signatures = [
         json.dumps({"host": os.uname().nodename, "pid": 4194303, "since": "2026-01-01T00:00:00+00:00"}),
         json.dumps({"host": "node-of-another-cluster", "pid": 1, "since": "2026-01-01T00:00:00+00:00"}),
@@ -193,7 +200,7 @@ def test_locks_that_dead_processes_left(sweep: Make, undisturbed: Mapping[str, A
 
 def test_a_lock_that_is_held_until_its_holder_dies(sweep: Make, undisturbed: Mapping[str, Any]) -> None:
     """As over NFS, where the server frees the locks of a client that it gives up: held, then all at once free."""
-    one = sweep([toys.chain(sleep=0.1)])
+    one = sweep([toys.chain(sleep=0.1, network=False)])
     data = one.plan.stages[0]
     path = one.store.root / ".locks" / f"{data.key.replace('/', '-')}.lock"
     path.parent.mkdir(parents=True)
@@ -231,8 +238,8 @@ def test_code_that_changes_between_submission_and_start(
 
     for package in ("benchmark", "leaderboard", "methods", "metrics"):
         shutil.copytree(root / package, copy / package, ignore=only_code)
-    one = sweep([toys.chain(sleep=0.1)])
-    command = [sys.executable, str(HERE / "toy_sweep.py"), str(tmp_path)]
+    one = sweep([toys.chain(sleep=0.1, network=False)])
+    command = [sys.executable, str(HERE / "toy_sweep.py"), str(tmp_path), "--light"]
 
     def type_it() -> None:
         env = {**os.environ, "PYTHONPATH": str(copy)}

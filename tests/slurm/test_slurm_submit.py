@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,30 +23,22 @@ pytestmark = pytest.mark.slurm
 Make = Callable[..., Any]
 
 
-def test_submission_returns_at_once_and_every_stage_runs_once(sweep: Make, undisturbed: Mapping[str, Any]) -> None:
-    one = sweep(toys.scores(2, sleep=0.2))
-    started = time.monotonic()
-    assert one.submit() == 12
-    assert time.monotonic() - started < 10
-    record = one.submissions[-1]
+def test_submission_returns_at_once_and_every_stage_runs_once(calm: Any) -> None:
+    assert calm.submitted_in < 10
+    record, count = calm.submissions[0], len(calm.plan.stages)
     jobs = {stage.title: stage.job for stage in record.stages}
     # Variants share an array; what all of them need is a job of its own.
     assert jobs["score [variant=1]"] == jobs["score [variant=0]"].partition("_")[0] + "_1"
-    assert len({job.partition("_")[0] for job in jobs.values()}) == 7
-    waiting = one.cluster.run("squeue", "-h", "-r", "-o", "%i %E").splitlines()
-    waits = dict(line.split() for line in waiting)
-    assert jobs["lowlevel [variant=1]"] in waits and waits[jobs["lowlevel [variant=1]"]].startswith("aftercorr:")
-    assert waits[jobs["clusters [variant=0]"]].startswith(f"afterok:{jobs['encoder']}")
-    assert one.submit() == 0, "the jobs are there already"
-    assert one.submissions[-1].id == record.id
-    words = "\n".join(summary_lines(record, 12))
-    assert f"submitted 12 stages in 7 jobs as {record.id}" in words and str(one.store.root / ".jobs") in words
-    one.finish(240)
-    assert sorted(one.runs()) == sorted(stage.key for stage in one.plan.stages)
-    assert one.digests().items() <= undisturbed.items()
-    status = control.report(one.store, submissions.find(one.store, "toys"))
+    assert calm.waited_for[jobs["lowlevel [variant=1]"]].startswith("aftercorr:")
+    assert calm.waited_for[jobs["clusters [variant=0]"]].startswith("afterok:")
+    assert calm.again == 0 and calm.submissions[1].id == record.id, "the jobs were there already"
+    words = "\n".join(summary_lines(record, count))
+    assert f"submitted {count} stages in " in words and str(calm.store.root / ".jobs") in words
+    assert calm.done(), calm.describe()
+    assert sorted(calm.runs()) == sorted(stage.key for stage in calm.plan.stages)
+    status = control.report(calm.store, submissions.find(calm.store, "toys"))
     assert status.complete and {row.state for row in status.rows} == {"done"}
-    assert one.submit() == 0, "everything is done"
+    assert calm.submit() == 0, "everything is done"
 
 
 def test_stages_ask_for_what_they_need(sweep: Make, tmp_path: Path) -> None:
@@ -104,23 +95,24 @@ def test_a_failure_blocks_only_what_needs_it(sweep: Make) -> None:
     )
 
 
-def test_two_sweeps_at_once_share_what_they_share(sweep: Make, undisturbed: Mapping[str, Any], tmp_path: Path) -> None:
+def test_two_sweeps_at_once_compute_what_they_share_once(sweep: Make, tmp_path: Path) -> None:
     here = Path(__file__).parent
     script, env = str(here / "toy_sweep.py"), {**os.environ, "PYTHONPATH": str(here.parents[1])}
-    commands = [
-        [sys.executable, script, str(tmp_path), "--variants", "1", "--name", "one"],
-        [sys.executable, script, str(tmp_path), "--variants", "2", "--name", "two"],
-    ]
     processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-        for command in commands
+        subprocess.Popen(
+            [sys.executable, script, str(tmp_path), "--light", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for words in (["--variants=2", "--name=one"], ["--variants=2", "--first=1", "--name=two"])
     ]
     answers = [process.communicate(timeout=60) for process in processes]
-    counts = [int(out.split()[1]) for out, err in answers if out or pytest.fail(err)]
-    assert sum(counts) == 12, "together they submit every stage once"
-    both = sweep(toys.scores(2))
-    both.finish(240)
+    assert [process.returncode for process in processes] == [0, 0], answers
+    both = sweep(toys.light(3))
+    assert sum(int(out.split()[1]) for out, _ in answers) == len(both.plan.stages)
+    both.finish()
     assert sorted(both.runs()) == sorted(stage.key for stage in both.plan.stages)
-    assert both.digests().items() <= undisturbed.items()
     for name in ("one", "two"):
         assert control.report(both.store, submissions.find(both.store, name)).complete

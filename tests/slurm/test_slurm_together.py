@@ -42,12 +42,12 @@ def test_two_nodes_train_as_one_process(sweep: Make, tmp_path: Path) -> None:
         torch.testing.assert_close(weights[1][name], weight, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_task_that_dies_takes_the_other_with_it(rank: int, sweep: Make) -> None:
-    one = sweep([joint(sleep=8)])
+    one = sweep([joint(sleep=5)])
     one.submit()
     stage = one.plan.stages[0]
-    one.until_trains(stage, checkpoints=2, seconds=120)
+    one.until_under_way(stage)
     workers = one.cluster.workers(one.job(stage))
     ranks = {
         int(
@@ -66,10 +66,10 @@ def test_a_task_that_dies_takes_the_other_with_it(rank: int, sweep: Make) -> Non
 
 
 def test_the_signal_reaches_both(sweep: Make, undisturbed: Mapping[str, Any]) -> None:
-    one = sweep([joint(sleep=8)])
+    one = sweep([joint(sleep=5)])
     one.submit()
     stage = one.plan.stages[0]
-    one.until_trains(stage, checkpoints=2, seconds=120)
+    one.until_under_way(stage)
     one.cluster.run("scancel", "--signal=USR2", one.job(stage))
     one.until(lambda: one.store.status(stage)["state"] == "interrupted")
     one.finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Iterable
@@ -43,16 +42,19 @@ def submit(
 
 
 def main() -> None:
-    """Submit ``--variants`` variants, from number ``--first`` on, or the chain where that is 0."""
+    """Submit variants from number ``--first`` on, or the chain where there are none."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--variants", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--name", default="toys")
-    parser.add_argument("--profile", type=json.loads, default={})
+    parser.add_argument("--light", action="store_true", help="without a network")
     args = parser.parse_args()
-    targets = toys.scores(args.variants, first=args.first) if args.variants else [toys.chain()]
-    record, count = submit(targets, args.out, name=args.name, **args.profile)
+    if args.variants:
+        targets = (toys.light if args.light else toys.scores)(args.variants, first=args.first)
+    else:
+        targets = [toys.chain(network=not args.light)]
+    record, count = submit(targets, args.out, name=args.name)
     print(record.id, count)
 
 
