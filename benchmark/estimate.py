@@ -62,6 +62,8 @@ NOTHING = Estimate(0, 0, 0, 0)
 def estimate(stage: Stage, variant: Variant) -> Estimate:
     """Return what ``stage`` of ``variant`` will take on NSD and COCO; shapes of the paper's networks are taken."""
     maker = _MAKERS.get(stage.name)
+    if stage.name == "targets" and "stored" not in {"latents": "stored", **stage.config["store"]}.values():
+        return NOTHING  # only their shapes are noted
     return maker(variant) if maker else NOTHING
 
 
@@ -158,6 +160,14 @@ def _joint(variant: Variant) -> Estimate:
     return Estimate(40 * share, parameters, 5 * parameters, 75e9)
 
 
+def _official_bit(variant: Variant) -> Estimate:
+    return Estimate(0, (VOXELS * variant.semantic.dim + _BIT_TRUNK) * 4, 0, 16e9)
+
+
+def _official_joint(variant: Variant) -> Estimate:
+    return _official_bit(variant) + Estimate(0, _UNET_PARAMETERS * 4, 0, 40e9)
+
+
 def _reconstruct(variant: Variant) -> Estimate:
     count = SYNTHETIC if variant.generation.test_set == "nsd-synthetic" else SHARED
     images = len(variant.generation.subjects) * (variant.generation.test_images or count)
@@ -186,6 +196,9 @@ _MAKERS = {
     "lowlevel": _branch("lowlevel", 12),
     "semantic": _branch("semantic", 8),
     "joint": _joint,
+    "official-lowlevel": _official_bit,
+    "official-semantic": _official_bit,
+    "official-joint": _official_joint,
     "reconstruct": _reconstruct,
     "reconstruct-synthetic": _reconstruct,
     "score": _score,

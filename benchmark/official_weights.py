@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmark.errors import UserError
 from benchmark.networks.unclip import UNET, UNET_PREFIX, build_unet, unet_names
+from benchmark.official import METADATA, read_parts
 from benchmark.progress import Progress
 from benchmark.restricted_pickle import as_array, as_mapping, as_scalar, is_array, printable, read, refusing
 from benchmark.torch_file import Contents, StoredTensor, TorchFile
@@ -37,9 +38,6 @@ from methods.brain_it.unclip import NoiseSchedule
 
 NSD_VOXELS = (39548, 39548, 39548, 39548, 39548, 39198, 39548, 39511)
 """Voxels of NSD's eight subjects, in the official order."""
-
-METADATA = "official"
-"""Key of a converted file's metadata: JSON with the mapping's version and, by role, what each part is made of."""
 
 _TABLE_NAMES = ("v2c_mapping", "mapping", "v2c", "table")
 _NPY_MAGIC = b"\x93NUMPY"
@@ -211,21 +209,19 @@ def load(path: Path, role: str | None = None) -> tuple[dict[str, Tensor], dict[s
     Raises:
         UserError: not a converted file, or without that part.
     """
+    parts = read_parts(path)
+    if role is None and len(parts) == 1:
+        (role,) = parts
+    if role not in parts:
+        wish = f"not {role}" if role else "say which part"
+        raise UserError(f"{path}: holds {', '.join(parts)}; {wish}")
+    prefix = parts[role]["prefix"]
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[METADATA])
-            parts = about["parts"]
-            if role is None and len(parts) == 1:
-                (role,) = parts
-            if role not in parts:
-                wish = f"not {role}" if role else "say which part"
-                raise UserError(f"{path}: holds {', '.join(parts)}; {wish}")
-            prefix = parts[role]["prefix"]
             names = [name for name in file.keys() if name.startswith(prefix)]
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a converted official file ({error}); type: python -m benchmark.convert") from None
-    return tensors, {**parts[role], "mapping_version": about["mapping_version"]}
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}, parts[role]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _is_npy(path: Path) -> bool:

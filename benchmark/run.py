@@ -15,6 +15,7 @@ examples:
   python -m benchmark.run                                     the demo's main variant
   python -m benchmark.run --set clustering.n_clusters=64      with another setting
   python -m benchmark.run --preset paper --data DIR --weights DIR
+  python -m benchmark.run --preset paper --data DIR --weights DIR --official DIR    with the authors' own weights
   python -m benchmark.run --preset paper --smoke              does it fit, and how fast is it? needs no data, no weights
 
 The same command again continues where it stopped.
@@ -60,6 +61,8 @@ def _smoke(args: argparse.Namespace) -> int:
 
     if args.quick or args.data is not None:
         raise UserError("--smoke draws its own data at full size; leave out --quick and --data")
+    if args.official is not None:
+        raise UserError("--smoke draws its own weights; leave out --official")
     if args.launcher != "inline":
         raise UserError(f"--smoke runs in this process; leave out --launcher {args.launcher}")
     device = choose_device(args.device)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from benchmark.execute import RunOptions
     from benchmark.graph import Decision, Plan
     from benchmark.launch.slurm import SlurmLauncher
+    from benchmark.official import Part
     from benchmark.stages import VariantStages
     from benchmark.store import Store
     from benchmark.sweeps import Sweep
@@ -42,6 +43,12 @@ def add_arguments(p: Parser) -> None:
     )
     p.add_argument(
         "--weights", type=Path, metavar="DIR", help="folder of the papers' networks (python -m benchmark.networks list)"
+    )
+    p.add_argument(
+        "--official",
+        type=Path,
+        metavar="DIR",
+        help="take the authors' weights in DIR (python -m benchmark.convert) instead of training",
     )
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. lowlevel.dim=64"
@@ -124,6 +131,7 @@ def run_sweep(
     from benchmark.execute import RunOptions
     from benchmark.graph import Plan
     from benchmark.launch import make_launcher, raise_failures
+    from benchmark.official import told
     from benchmark.stages import variant_stages
     from benchmark.store import Store
 
@@ -147,6 +155,9 @@ def run_sweep(
         digest = "missing"
     absent = "missing" if problems else None
     stages = {name: variant_stages(variant, name, digest, absent=absent) for name, variant in variants.items()}
+    parts: dict[str, Part] = {}
+    if args.official is not None:
+        parts, stages = _take_official(args, variants, stages, problems)
     main_name = sweep.variant(sweep.axis.main)
     if main_name not in stages:
         raise UserError(f"sweep {sweep.name}: its reference variant {main_name} is not among the values that run")
@@ -164,6 +175,8 @@ def run_sweep(
     if problems and not args.dry_run:
         raise refusal(problems)
     _say_what_runs(sweep, args, decisions, len(variants))
+    if parts:
+        print(told(parts, stages[main_name]), flush=True)
     if args.preset == "paper":
         owner = {
             stage.fingerprint: name
@@ -218,6 +231,22 @@ def run_sweep(
         _report(args, store, sweep, variants, complete, main_name, time.monotonic() - started)
     raise_failures(outcomes)
     return code
+
+
+def _take_official(
+    args: argparse.Namespace,
+    variants: Mapping[str, Variant],
+    stages: Mapping[str, VariantStages],
+    problems: list[str],
+) -> tuple[dict[str, Part], dict[str, VariantStages]]:
+    """Put the authors' weights in the place of trainings; add what is wrong with them to ``problems``."""
+    from benchmark import official
+
+    parts, wrong = official.find(args.official, next(iter(variants.values())).lowlevel.width)
+    taken = {name: official.take(own, parts) for name, own in stages.items()}
+    wrong += official.misfits(args.official, parts, variants, taken, official.voxels_of(args.data))
+    problems += wrong
+    return parts, taken
 
 
 def _slurm_launcher(args: argparse.Namespace) -> SlurmLauncher:
@@ -300,7 +329,7 @@ def restore_arguments(saved: Mapping[str, Any]) -> argparse.Namespace:
     add_arguments(p)
     defaults = vars(p.parse_args([]))
     args = argparse.Namespace(**{**defaults, **saved})
-    for name in ("out", "data", "weights", "profile"):
+    for name in ("out", "data", "weights", "official", "profile"):
         value = getattr(args, name)
         setattr(args, name, None if value is None else Path(value))
     return args

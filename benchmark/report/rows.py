@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from benchmark.config import Variant
 from benchmark.graph import Stage
+from benchmark.official import PREFIX, credit
 from benchmark.report.answers import Answer
 from benchmark.stages import METHOD, VariantStages, image_name, seen_name
 from benchmark.store import MANIFEST, Store, read_json
@@ -70,7 +71,8 @@ def write_report(
     """
     about = read_json(store.folder(stages[main].score) / "protocol.json")
     protocol = PROTOCOLS[about["protocol"]]
-    keys = {name: (_place(variants[name])[0], name) for name in stages}
+    credited = {name: credit(own) for name, own in stages.items()}
+    keys = {name: (_place(variants[name])[0] + credited[name][0], name) for name in stages}
     tables = [_scores(store, s.score, {variants[name].score.images: keys[name]}) for name, s in stages.items()]
     # Where a variant is a branch of the main one, it is that branch's row.
     alone = {
@@ -104,6 +106,7 @@ def write_report(
                 cost=_cost(store, own),
                 manifest=_manifest(store, own, variants[name]),
                 source=_relative(folder, out),
+                notes=credited[name][1],
                 **common,
             )
         )
@@ -241,7 +244,7 @@ def _cost(store: Store, stages: VariantStages) -> Cost:
     trained = [
         status.get("summary", {}).get("parameters", 0)
         for status, stage in zip(statuses, stages.chain, strict=True)
-        if stage.name in parts
+        if stage.name.removeprefix(PREFIX) in parts
     ]
     return Cost(
         gpu_hours=on_gpu / 3600,

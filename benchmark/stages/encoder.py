@@ -103,8 +103,6 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
     training = TrainingConfig.model_validate(config["training"])
     samples = data.samples(data.train_ids)
     targets = data.target_rows(samples.image)
-    validation = data.samples(data.validation_ids)
-    validation_targets = data.target_rows(validation.image)
     starts = np.concatenate([[0], np.cumsum(data.n_voxels)])
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -117,22 +115,8 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
         predicted = encoder(taps(targets[pick], generator), voxels.to(ctx.device))
         return encoder_loss(predicted, torch.from_numpy(betas).float().to(ctx.device)), {}
 
-    def correlations() -> list[Tensor]:
-        found = []
-        for position in range(len(data.subjects)):
-            own = np.flatnonzero(validation.subject == position)
-            predicted = torch.cat(
-                [
-                    encoder.predict(taps(validation_targets[part]), position).cpu()
-                    for part in np.array_split(own, max(1, len(own) // PREDICT_BATCH))
-                ]
-            )
-            measured = torch.from_numpy(data.betas[position][validation.row[own]]).float()
-            found.append(voxel_correlation(predicted, measured))
-        return found
-
     def validate() -> dict[str, float]:
-        r = torch.cat(correlations())
+        r = validation_correlation(encoder, taps, data)
         return {"correlation": float(r.quantile(0.75)), "median correlation": float(r.median())}
 
     result = train(
@@ -146,10 +130,35 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
     )
     save_file(model.tensors(), ctx.out / "encoder.safetensors")
     model.eval()
-    with torch.no_grad():
-        np.save(ctx.out / "correlation.npy", torch.cat(correlations()).numpy())
+    save_correlation(ctx.out, encoder, taps, data)
     parameters = sum(p.numel() for p in model.parameters())
     return {**result.best, "best_step": result.best_step, "parameters": parameters}
+
+
+def validation_correlation(encoder: BrainEncoder, taps: StoredTaps | LiveTaps, data: Prepared) -> Tensor:
+    """Return each voxel's correlation of predicted and measured responses to the validation images its subject saw."""
+    samples = data.samples(data.validation_ids)
+    targets = data.target_rows(samples.image)
+    found = []
+    for position in range(len(data.subjects)):
+        own = np.flatnonzero(samples.subject == position)
+        predicted = torch.cat(
+            [
+                encoder.predict(taps(targets[part]), position).cpu()
+                for part in np.array_split(own, max(1, len(own) // PREDICT_BATCH))
+            ]
+        )
+        measured = torch.from_numpy(data.betas[position][samples.row[own]]).float()
+        found.append(voxel_correlation(predicted, measured))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def save_correlation(out: Path, encoder: BrainEncoder, taps: StoredTaps | LiveTaps, data: Prepared) -> Tensor:
+    """Write ``correlation.npy`` (see :func:`validation_correlation`), and return what is in it."""
+    r = validation_correlation(encoder, taps, data)
+    np.save(out / "correlation.npy", r.numpy())
+    return r
 
 
 def run_external(ctx: StageContext) -> dict[str, Any]:
@@ -184,7 +193,12 @@ def run_clusters(ctx: StageContext) -> dict[str, Any]:
     else:
         embeddings = load_file(ctx.inputs["encoder"] / "encoder.safetensors")["voxel_embedding"].numpy()
         mapping = fit_clusters(embeddings, ctx.config)
-    mapping.save(ctx.out / "v2c.safetensors")
+    return save_mapping(mapping, ctx.out)
+
+
+def save_mapping(mapping: V2C, out: Path) -> dict[str, Any]:
+    """Write ``v2c.safetensors``, and return what it is like."""
+    mapping.save(out / "v2c.safetensors")
     sizes = mapping.sizes()
     return {
         "clusters": mapping.n_clusters,

@@ -30,15 +30,18 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
     Outputs, each a folder of shards: ``encoder_K`` (rows x positions x channels) for each tap, ``lowlevel_K`` (rows x C
     x h x w) for each layer, ``semantic`` (rows x tokens x dim, as the generator takes them), ``latents`` (rows x c x h
-    x w); ``shapes.json``; and where maps are kept their statistics, ``lowlevel_stats.safetensors`` and
-    ``lowlevel_mean.safetensors``. An interrupted stage goes on after the last whole shard.
+    x w; none where nothing is trained on them); ``shapes.json``; and where maps are kept their statistics,
+    ``lowlevel_stats.safetensors`` and ``lowlevel_mean.safetensors``. An interrupted stage goes on after the last whole
+    shard.
     """
     config, store = ctx.config, ctx.config["store"]
     data = Prepared(ctx.inputs["data"])
     device = ctx.device
     layers = config["layers"]
-    vae, image_size = networks.autoencoder(config["generator"])
-    vae.to(device)
+    vae = None
+    if store.get("latents") != "live":
+        vae, image_size = networks.autoencoder(config["generator"])
+        vae.to(device)
     semantic = semantic_network(config).to(device)
     lowlevel = networks.feature_network(config["lowlevel"]).to(device)
     backbone = None
@@ -56,7 +59,9 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
     def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
         images = data.target_images(rows)
-        found = {"latents": encode(vae, as_pixels(images, image_size).to(device))}  # type: ignore[arg-type]
+        found: dict[str, Tensor] = {}
+        if vae is not None:
+            found["latents"] = encode(vae, as_pixels(images, image_size).to(device))  # type: ignore[arg-type]
         if backbone is not None:
             taps = backbone(as_pixels(images, config["encoder_size"]).to(device))
             found |= {f"encoder_{k}": tap for k, tap in enumerate(taps)}
@@ -67,11 +72,14 @@ def run(ctx: StageContext) -> dict[str, Any]:
         return {name: values.float().cpu().numpy() for name, values in found.items()}
 
     shards = ctx.checkpoints / "shards"
-    with torch.inference_mode(), ctx.progress.bar("features", total=data.n_targets) as bar:
-        write_shards(shards, data.n_targets, compute, batch=ctx.stage.hints["batch"], progress=bar.advance)
+    stored: dict[str, list[int]] = {}
+    with torch.inference_mode():
+        if vae is not None or "stored" in store.values():
+            with ctx.progress.bar("features", total=data.n_targets) as bar:
+                write_shards(shards, data.n_targets, compute, batch=ctx.stage.hints["batch"], progress=bar.advance)
+            stored = collect(shards, ctx.out)
         one = data.target_images(np.zeros(1, np.int64))
         shapes = {name: list(values.shape[1:]) for name, values in {"semantic": tokens(one), **maps(one)}.items()}
-    stored = collect(shards, ctx.out)
     (ctx.out / SHAPES).write_text(json.dumps(row_shapes(shapes, len(layers))) + "\n")
     if store["lowlevel"] == "stored":
         kept = [Shards(ctx.out / f"lowlevel_{k}") for k in range(len(layers))]
