@@ -181,6 +181,7 @@ class Cluster:
 
     def start(self) -> None:
         """Write the configuration and start everything."""
+        _clear_leftovers()
         self._configure()
         for name in self._names():
             self._daemon(name)
@@ -421,6 +422,15 @@ def _environments() -> Iterator[tuple[int, dict[str, str]]]:
             with contextlib.suppress(OSError):
                 entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
                 yield pid, dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def _clear_leftovers() -> None:
+    """End the jobs of clusters whose own process was killed, and remove their folders: by the mark that they carry."""
+    for pid, environment in list(_environments()):
+        folder, _, owner = environment.get(_MARK, "").rpartition(":")
+        if folder and not _lives(int(owner)):
+            _kill(pid)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _command_line(pid: int) -> str:

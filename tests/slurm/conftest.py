@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,6 +124,7 @@ class Sweep:
 def _cluster() -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the cluster is stopped then, too
     with Cluster() as started:
         before = dict(os.environ)
         os.environ.clear()
