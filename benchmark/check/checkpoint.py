@@ -16,14 +16,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from benchmark.check.sources import scored_stages
 from benchmark.config import PRESETS
 from benchmark.context import StageContext
-from benchmark.errors import UserError
+from benchmark.errors import UserError, did_you_mean
 from benchmark.execute import RunOptions, execute
 from benchmark.graph import Plan, Stage
 from benchmark.imagesets.wording import one_line, place, reason
 from benchmark.launch import Event, make_launcher, raise_failures
-from benchmark.results import Result, find_variant
+from benchmark.results import Result
 from benchmark.store import DONE, Store, sha256_file
 
 FILES = {"joint": ("bit", "unet"), "lowlevel": ("bit", "calibration")}
@@ -57,8 +58,8 @@ class Scoring:
             UserError: it is no checkpoint, or does not fit the variant.
             RunError: a stage failed.
         """
-        name, reconstruct = find_variant(self.run, variant or self.variant)
-        score = _score_of(self.run, reconstruct, name)
+        name, score = _scored_variant(self.run, variant or self.variant)
+        reconstruct = score.needs("reconstruct")
         store = Store(self.run / "store")
         checkpoint = Checkpoint.open(path)
         base = {role: store.root / reconstruct.record["upstream"][role] for role in checkpoint.roles}
@@ -273,17 +274,24 @@ def stage_of(result: Result, known: dict[str, Stage]) -> Stage:
     return known[key]
 
 
-def _score_of(run: Path, reconstruct: Result, variant: str) -> Result:
-    """Return the newest finished scores of a variant's images."""
-    key = f"{reconstruct.record['name']}/{str(reconstruct.record['fingerprint'])[:16]}"
-    dones = sorted((run / "store" / "score").glob(f"*/{DONE}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for done in dones:
-        if "." in done.parent.name:
-            continue
-        result = Result.read(done.parent)
-        if result.record["upstream"].get("reconstruct") == key:
-            return result
-    raise UserError(f"{place(run)}: variant {variant} has no scores; type the run's command again")
+def _scored_variant(run: Path, name: str | None) -> tuple[str, Result]:
+    """Return a variant of a run and its newest scores; without a name, the only one."""
+    known = {variant: scored for scored in scored_stages(run) if not scored.checkpoint for variant in scored.variants}
+    if not known:
+        raise UserError(
+            f"--run {place(run)}: holds no scored variant that a checkpoint could be joined with; name the --out "
+            "folder of a finished run"
+        )
+    if name is None and len(known) > 1:
+        raise UserError(
+            f"--run {place(run)}: holds {len(known)} variants; say which one the checkpoint belongs to with "
+            f"--variant: {', '.join(known)}"
+        )
+    chosen = next(iter(known)) if name is None else name
+    if chosen not in known:
+        hint = did_you_mean(chosen, known) or f"; it has {', '.join(known)}"
+        raise UserError(f"--variant {one_line(chosen)}: {place(run)} has no scored variant of that name{hint}")
+    return chosen, Result.read(known[chosen].folder)
 
 
 def _hints(track: str) -> dict[str, object]:

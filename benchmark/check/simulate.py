@@ -99,10 +99,11 @@ def false_alarms(
 ) -> list[Share]:
     """Return how often a candidate that equals its baseline fails, for each rate that may be promised."""
     hits = np.zeros(len(ALPHAS), int)
-    for candidate, baseline in _chunks(design, n, seed):
+    for number, (candidate, baseline) in enumerate(_chunks(design, n, seed)):
         for place, alpha in enumerate(ALPHAS):
-            found = measure(candidate, baseline, _HIGHER, np.zeros(len(BLOCKING)), replace(rules, alpha=alpha))
-            hits[place] += _failed(found, replace(rules, alpha=alpha)).sum()
+            own = replace(rules, alpha=alpha, seed=rules.seed + number)
+            found = measure(candidate, baseline, _HIGHER, np.zeros(len(BLOCKING)), own)
+            hits[place] += _failed(found, own).sum()
         step(candidate.shape[1])
     return [Share(alpha, int(count), n) for alpha, count in zip(ALPHAS, hits, strict=True)]
 
@@ -116,7 +117,8 @@ def power(
     """
     none = np.zeros(len(BLOCKING))
     hits = np.zeros(len(DROPS), int)
-    for candidate, baseline in _chunks(design, n, seed):
+    for number, (candidate, baseline) in enumerate(_chunks(design, n, seed)):
+        rules = replace(rules, seed=number)
         pair = np.arange(candidate.shape[1])
         own = pair % len(BLOCKING)
         found = measure(candidate, baseline, _HIGHER, none, rules)
@@ -130,6 +132,7 @@ def power(
 
 
 def _chunks(design: Design, n: int, seed: int) -> Iterator[tuple[Floats, Floats]]:
+    """Yield pairs, some at a time: these share the draws of the gate, which are therefore others each time."""
     generator = np.random.default_rng([seed, design.subjects, design.images, design.seeds])
     for start in range(0, n, _CHUNK):
         yield equal_pairs(design, min(_CHUNK, n - start), generator)
