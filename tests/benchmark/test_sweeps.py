@@ -339,6 +339,8 @@ def test_weights_and_the_rules_of_scoring_are_in_the_fingerprints(monkeypatch: p
         ({"networks.lowlevel": "vgg17"}, "networks.lowlevel is 'vgg17', which this release cannot load; it has lite0"),
         ({"score.protocol": "dmeo"}, "score.protocol: no protocol 'dmeo' (did you mean 'demo'?)"),
         ({"score.protocol": "brain-it"}, "weights missing: alexnet.pth"),
+        ({"transfer.subject": 1, "joint.enabled": False}, "transfer.subject needs BITs in both branches"),
+        ({"transfer.subject": 1, "lowlevel.predictor": "ridge"}, "transfer.subject needs BITs in both branches"),
         ({"score.images": "semantic-refined"}, "score.images 'semantic-refined' needs refinement.also_semantic"),
         ({"networks.generator": "sdxl-unclip"}, "weights missing: unclip6_epoch0_step110000.ckpt"),
     ],
