@@ -247,12 +247,14 @@ def _everywhere(change: Callable[[Stage], Stage]) -> Callable[[Stage], Stage]:
 
 def taken(stages: VariantStages) -> list[str]:
     """Return the names of the stages that take the authors' weights."""
-    return [stage.name.removeprefix(PREFIX) for stage in stages.chain if stage.name.startswith(PREFIX)]
+    names = {stage.name for stage in stages.chain}
+    return [name for name in STAGES if PREFIX + name in names]
 
 
 def trained(stages: VariantStages) -> list[str]:
     """Return the names of the stages that train or fit something."""
-    return [stage.name for stage in stages.chain if stage.name in STAGES]
+    names = {stage.name for stage in stages.chain}
+    return [name for name in STAGES if name in names]
 
 
 def credit(stages: VariantStages) -> tuple[str, str]:
