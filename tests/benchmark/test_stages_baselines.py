@@ -399,12 +399,12 @@ def test_semantic_images_are_refined_where_they_are_asked_for(
     index = np.load(made.folder("reconstruct", "brain-it") / "index.npy")[:2]
     names = [image_name(s, i) for s, i in index.tolist()]
 
-    def folders(self: Any) -> Path:
+    def lowlevel(self: Any) -> Path:
         for step, level in (("lowlevel", 0.2), ("semantic", 0.4), ("combined", 0.6)):
             self.keep(step, np.arange(2), torch.full((2, 3, 64, 64), level))
         return self.folder("lowlevel")
 
-    monkeypatch.setattr(reconstruct._Work, "lowlevel", folders)
+    monkeypatch.setattr(reconstruct._Work, "lowlevel", lowlevel)
     monkeypatch.setattr(
         reconstruct._Work, "generated", lambda self, _: (self.folder("semantic"), self.folder("combined"))
     )
@@ -418,8 +418,8 @@ def test_semantic_images_are_refined_where_they_are_asked_for(
 
     monkeypatch.setattr(reconstruct, "refine", refine)
     reconstruct.reconstruct(ctx, data, index, names)
-    level = {folder.name: read_images(folder, names).mean() / 255 for folder in ctx.out.iterdir() if folder.is_dir()}
-    del level["checkpoints"]
+    folders = [folder for folder in ctx.out.iterdir() if folder != ctx.checkpoints]
+    level = {folder.name: read_images(folder, names).mean() / 255 for folder in folders}
     assert level == pytest.approx(
         {"lowlevel": 0.2, "semantic": 0.4, "unrefined": 0.6, "combined": 0.7, "semantic-refined": 0.8}, abs=0.005
     )
