@@ -661,7 +661,9 @@ def _worse(
     chosen = blocking if blocking.any() else np.ones_like(blocking)
     first, second = a.mean(axis=0), b.mean(axis=0)  # (metrics, subjects, images)
     drop = np.where(higher, -1.0, 1.0)[:, None, None] * (first - second)
-    scale = np.nanstd(drop, axis=(1, 2), keepdims=True)
+    seen = np.maximum(np.isfinite(drop).sum(axis=(1, 2), keepdims=True), 1)
+    mean = np.nansum(drop, axis=(1, 2), keepdims=True) / seen
+    scale = np.sqrt(np.nansum((drop - mean) ** 2, axis=(1, 2), keepdims=True) / seen)
     standard = np.where(scale > 0, drop / np.where(scale > 0, scale, 1.0), np.where(np.isnan(drop), np.nan, 0.0))[
         chosen
     ]

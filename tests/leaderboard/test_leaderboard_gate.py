@@ -305,7 +305,7 @@ def test_a_thousand_equal_pairs_fail_at_most_at_the_promised_rate(design: Design
 
 @pytest.mark.parametrize("design", [Design(1, 24), Design(3, 30), Design(2, 24, 3)], ids=str)
 def test_the_drop_that_is_said_to_be_detected_is_found_with_the_stated_power(design: Design) -> None:
-    found = {share.at: share for share in power(design, replace(QUICK, n_permutations=1999), 400, seed=2)}
+    found = {share.at: share for share in power(design, replace(QUICK, n_permutations=1999), 800, seed=3)}
     assert found[1.0].interval[1] >= QUICK.power, f"found in {found[1.0].value:.3f}"
     assert found[0.0].interval[0] <= QUICK.alpha
     assert found[1.5].value > 0.9
