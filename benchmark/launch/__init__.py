@@ -106,6 +106,21 @@ def settle(decision: Decision, store: Store, outcomes: Mapping[str, Outcome]) ->
     return Outcome(stage, "blocked", error=f"needs {needs}")
 
 
+def micro_batches(stage: Stage) -> int:
+    """Return how many micro-batches make up a step of the stage's training; 0 for a stage that trains nothing."""
+    training = stage.config.get("training")
+    return int(training.get("accumulate", 1)) if isinstance(training, Mapping) else 0
+
+
+def useful_gpus(stage: Stage, most: int) -> int:
+    """Return how many of ``most`` GPUs a stage can use.
+
+    Processes that train together take turns at a step's micro-batches: one GPU more than there are of these is idle.
+    """
+    share = micro_batches(stage)
+    return max(count for count in range(most + 1) if not count or not share or share % count == 0)
+
+
 def positions(decisions: Sequence[Decision]) -> dict[str, str]:
     """Return ``[7/48]`` for every stage that runs, by fingerprint."""
     runs = [decision.stage.fingerprint for decision in decisions if decision.action == "run"]

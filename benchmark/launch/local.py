@@ -19,7 +19,7 @@ from submitit.local.local import LocalJob
 from benchmark.errors import RunError, UserError
 from benchmark.execute import Outcome, RunOptions, exit_on_sigterm
 from benchmark.graph import Decision, Plan, Stage
-from benchmark.launch import Event, OnEvent, positions, settle
+from benchmark.launch import Event, OnEvent, positions, settle, useful_gpus
 from benchmark.launch.job import perform
 from benchmark.store import Store
 
@@ -129,7 +129,7 @@ class LocalLauncher:
         # A stage that asks for several gets them; on a CPU as many processes as the options say.
         processes = min(options.processes, stage.resources.gpus) if stage.resources.gpus > 1 else 1
         if gpus and stage.resources.gpus > 1:
-            gpus = list(self._gpus[: stage.resources.gpus])
+            gpus = list(self._gpus[: useful_gpus(stage, min(len(self._gpus), stage.resources.gpus))])
             processes = len(gpus)
         options = replace(options, processes=max(1, processes))
         executor.update_parameters(timeout_min=_NO_LIMIT_MIN, tasks_per_node=options.processes)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from benchmark.errors import UserError, did_you_mean
 from benchmark.graph import Stage
+from benchmark.launch import micro_batches, useful_gpus
 
 FOLDER, FILE = "brain-it-bench", "slurm.yaml"
 STAGES = (
@@ -240,10 +241,8 @@ def ask(profile: Profile, stage: Stage, device: str = "auto") -> Ask:
     own = profile.stages.get(stage.name, StageRequest())
     device = profile.device if device == "auto" else device
     wanted, together = stage.resources, stage.resources.gpus > 1
-    share = _share(stage)
-    # Processes that train together take turns at a step's micro-batches: one GPU more than there are of these is idle.
-    useful = max(count for count in range(wanted.gpus + 1) if not count or not share or share % count == 0)
-    gpus = 0 if device == "cpu" else own.gpus if own.gpus is not None else useful
+    share = micro_batches(stage)
+    gpus = 0 if device == "cpu" else own.gpus if own.gpus is not None else useful_gpus(stage, wanted.gpus)
     part = gpus / wanted.gpus if gpus else 1  # cores and memory are meant for all of the stage's GPUs
     layers: list[Request] = [own, *([] if gpus else [profile.cpu]), profile]
 
@@ -292,12 +291,6 @@ def ask(profile: Profile, stage: Stage, device: str = "auto") -> Ask:
         setup=said("setup", ()),
         environment=tuple((name, _text(value)) for name, value in sorted(environment.items())),
     )
-
-
-def _share(stage: Stage) -> int:
-    """How many micro-batches make up a step of the stage's training; 0 for a stage that trains nothing."""
-    training = stage.config.get("training")
-    return int(training.get("accumulate", 1)) if isinstance(training, Mapping) else 0
 
 
 def _text(value: str | int | float | bool) -> str:

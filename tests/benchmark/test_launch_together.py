@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from benchmark.errors import UserError
 from benchmark.execute import RunOptions
-from benchmark.graph import Plan, Stage
+from benchmark.graph import Plan, Resources, Stage
+from benchmark.launch import useful_gpus
 from benchmark.launch.local import LocalLauncher
 from benchmark.stages.bit import run_joint
 from benchmark.store import Store, read_json
@@ -89,3 +90,10 @@ def test_processes_that_cannot_share_a_step_are_refused_at_once(
     with pytest.raises(UserError, match="3 processes cannot share 2 micro-batches a step evenly"):
         run_joint(ctx)
     assert kept.read_text() == "{}"
+
+
+@pytest.mark.parametrize(("accumulate", "most", "used"), [(4, 4, 4), (4, 3, 2), (1, 4, 1), (6, 4, 3), (None, 4, 4)])
+def test_a_stage_gets_no_more_gpus_than_share_its_step(accumulate: int | None, most: int, used: int) -> None:
+    config = {} if accumulate is None else {"training": {"accumulate": accumulate}}
+    stage = Stage("joint", "benchmark.stages.bit:run_joint", config, resources=Resources(gpus=4))
+    assert useful_gpus(stage, most) == used
