@@ -271,6 +271,23 @@ def test_a_stage_writes_what_its_training_writes(
     assert outcome.summary["official sha256"] and str(tmp_path) not in json.dumps(dict(outcome.summary))
 
 
+def test_parts_of_one_file(tiny_run: Any, tmp_path: Path) -> None:
+    weights(tiny_run, "clusters", "lowlevel", folder=tmp_path / "single")
+    together = tmp_path / "together"
+    together.mkdir()
+    released_files = [tmp_path / "single-released" / name for name in ("v2c.npy", "lowlevel.pth")]
+    convert(released_files, together / "all.safetensors")
+    stage = official_stage(tiny_run, together, "lowlevel")
+    assert stage.digests["official lowlevel"] == stage.upstream["clusters"].digests["official clusters"]
+    store = copy_of(tiny_run, stage, tmp_path)
+    execute(stage, store, RunOptions(threads=1, progress=False))
+    expected = load_file(tiny_run.folder("lowlevel") / "bit.safetensors")
+    found = load_file(store.folder(stage) / "bit.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    labels = V2C.load(store.folder(stage.upstream["clusters"]) / "v2c.safetensors").labels
+    assert np.array_equal(labels, V2C.load(tiny_run.folder("clusters") / "v2c.safetensors").labels)
+
+
 def test_adapters_of_another_scale_are_the_same_maps(tiny_run: Any, tmp_path: Path) -> None:
     """x + s A B x: what was trained with one factor s is kept with the one that is applied here."""
     usual = tiny_run.stages[MAIN]
