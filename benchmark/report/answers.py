@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from benchmark.errors import UserError
-from benchmark.store import now, write_json, write_text
+from benchmark.store import write_json, write_text
 from leaderboard.orderings import LEGEND, Ordering, orderings_markdown, summary
 from leaderboard.ranking import Ranking, rank
 from leaderboard.results import RESULTS, Result
@@ -44,7 +44,6 @@ class Answer:
         orderings: of the published table.
         axis: what was varied, where it is a number.
         galleries: seen and reconstructed images.
-        made: when, UTC.
     """
 
     sweep: str
@@ -57,7 +56,6 @@ class Answer:
     orderings: tuple[Ordering, ...] = ()
     axis: Axis | None = None
     galleries: tuple[Gallery, ...] = ()
-    made: str = field(default_factory=now)
 
     def save(self, out: Path) -> Path:
         """Write the answer under a run's folder ``out``; image paths are kept relative to it where they can be."""
@@ -65,7 +63,7 @@ class Answer:
         folder.mkdir(parents=True, exist_ok=True)
         data = {
             "schema_version": SCHEMA_VERSION,
-            **{name: getattr(self, name) for name in ("sweep", "title", "question", "table", "notes", "made")},
+            **{name: getattr(self, name) for name in ("sweep", "title", "question", "table", "notes")},
             "sentences": list(self.sentences),
             "rows": [row.model_dump(mode="json") for row in self.rows],
             "orderings": [asdict(one) for one in self.orderings],
