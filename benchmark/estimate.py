@@ -187,6 +187,50 @@ def _score(variant: Variant) -> Estimate:
     return Estimate(3 * images * _JUDGES / _RATE / 3600, images * 33 * 100, 0, 12e9)
 
 
+def _recordings(variant: Variant) -> float:
+    """Return about how many recordings of a new subject a transfer uses: a tenth of its trials show shared images."""
+    trials = {"15min": 188, "450": 450, "30min": 375, "1h": 750}
+    amount = variant.transfer.amount
+    return TRAINING_IMAGES / SUBJECTS if amount == "full" else 0.9 * trials[amount]
+
+
+def _transfer_data(variant: Variant) -> Estimate:
+    voxels = VOXELS / SUBJECTS
+    return Estimate(0, (10_000 + 750) * voxels * 4, 0, 8e9)  # the images have a second name, not a copy
+
+
+def _transfer_targets(variant: Variant) -> Estimate:
+    whole, rows = _targets(variant), TRAINING_IMAGES + _external(variant)
+    share = TRAINING_IMAGES / SUBJECTS / rows
+    return Estimate(whole.gpu_hours * share, whole.disk * share, 0, whole.memory)
+
+
+def _transfer_encoder(variant: Variant) -> Estimate:
+    config, table = variant.encoder, variant.transfer.encoder
+    images = _recordings(variant) * table.epochs
+    readers = config.voxels_per_example * 257 * 256 * 5 * 2 * 3
+    kept = VOXELS / SUBJECTS * config.embed_dim * 4
+    return Estimate(images * (_VIT_L + readers) / _RATE / 3600, kept, 6 * kept, 20e9)
+
+
+def _transfer_external(variant: Variant) -> Estimate:
+    whole = _predicted(variant)
+    return Estimate(whole.gpu_hours / 2, whole.disk / SUBJECTS, 0, whole.memory)  # the backbone is half of it
+
+
+def _table(branch: str, paper_hours: float, memory: float) -> Any:
+    """Return what a voxel table takes: as much an example as the whole model, whose gradients pass through it."""
+
+    def maker(variant: Variant) -> Estimate:
+        table, published = getattr(variant.transfer, branch), getattr(paper(), branch)
+        samples = _recordings(variant) * variant.transfer.real_every * table.epochs
+        share = samples / (_steps(published.training) * published.batch)
+        kept = VOXELS / SUBJECTS * variant.semantic.dim * 4
+        return Estimate(paper_hours * share, kept, 6 * kept, memory)
+
+    return maker
+
+
 _MAKERS = {
     "prepare": _prepare,
     "targets": _targets,
@@ -201,6 +245,14 @@ _MAKERS = {
     "official-joint": _official_joint,
     "reconstruct": _reconstruct,
     "reconstruct-synthetic": _reconstruct,
+    "transfer-data": _transfer_data,
+    "transfer-targets": _transfer_targets,
+    "transfer-encoder": _transfer_encoder,
+    "transfer-external": _transfer_external,
+    "transfer-lowlevel": _table("lowlevel", 12, 50e9),
+    "transfer-semantic": _table("semantic", 8, 50e9),
+    "transfer-joint": _table("joint", 40, 45e9),
+    "transfer-reconstruct": _reconstruct,
     "score": _score,
     "references": _score,
 }
