@@ -58,7 +58,8 @@ class Line:
     Attributes:
         metrics: those that every checkpoint has.
         changes: where the level moved and stayed.
-        steps: each checkpoint against the one before; one fewer than there are checkpoints.
+        steps: each checkpoint against the one before; one fewer than there are checkpoints. None at all where they
+            cannot be compared, and ``note`` says why.
     """
 
     variant: str
@@ -69,6 +70,7 @@ class Line:
     metrics: tuple[str, ...]
     changes: tuple[ChangePoint, ...]
     steps: tuple[Check, ...]
+    note: str = ""
 
     @property
     def series(self) -> Floats:
@@ -148,11 +150,12 @@ def _line(key: tuple[str, str, str, str], entries: Sequence[Entry], rules: Rules
     own = dataclasses.replace(rules, blocking=None, advisory={}) if set(BLOCKING) & set(metrics) else rules
     changes = change_points(_series(entries, metrics), rules.alpha, seed=rules.seed) if metrics else []
     sides = [Side(entry.name, _shared(entry.table, metrics), protocol, digest) for entry in entries]
+    steps, note = [], ""
     try:
         steps = [check(after, before, own) for before, after in zip(sides, sides[1:], strict=False)] if metrics else []
-    except ValueError as error:
-        raise UserError(f"line {variant}: {error}") from error
-    return Line(variant, track, protocol, digest, tuple(entries), metrics, tuple(changes), tuple(steps))
+    except ValueError as error:  # too few images, say: the line can be listed all the same
+        note = f"checkpoints are not compared with each other: {error}"
+    return Line(variant, track, protocol, digest, tuple(entries), metrics, tuple(changes), tuple(steps), note)
 
 
 def _shared(table: pa.Table, metrics: Sequence[str]) -> pa.Table:
@@ -182,6 +185,8 @@ def print_lines(lines: Sequence[Line], rules: Rules, console: Console | None = N
         if not line.changes:
             fewest = f"; a change shows in {FEWEST} checkpoints or more" if n < FEWEST else ""
             console.print(Text(f"no change point{fewest}", style="dim"), markup=False)
+        if line.note:
+            console.print(Text(one_line(line.note, 500), style="dim"), markup=False)
     console.print(
         Text(
             f"◆ change point: a level that moved and stayed, p at most {rules.alpha:g} over orders of the checkpoints; "
@@ -248,8 +253,12 @@ def as_json(lines: Sequence[Line]) -> dict[str, Any]:
                         "finished": entry.finished.isoformat(timespec="seconds"),
                         "checked": entry.checkpoint,
                         "metrics": {key: entry.means[key] for key in line.metrics},
-                        "regressed": [f.metric for f in line.steps[index - 1].of("regressed")] if index else [],
-                        "improved": [f.metric for f in line.steps[index - 1].of("improved")] if index else [],
+                        "regressed": [f.metric for f in line.steps[index - 1].of("regressed")]
+                        if index and line.steps
+                        else [],
+                        "improved": [f.metric for f in line.steps[index - 1].of("improved")]
+                        if index and line.steps
+                        else [],
                     }
                     for index, entry in enumerate(line.entries)
                 ],

@@ -118,7 +118,7 @@ def test_equal_models_pass_and_a_worse_one_fails(run: Run, board: Path) -> None:
 
 def test_ids_variants_and_parquet_name_the_same_scores(run: Run, board: Path, tmp_path: Path) -> None:
     new = parquet(tmp_path / "new.parquet", scores("bad", drop=0.05, noise=0.02))
-    outs = []
+    outs: list[Any] = []
     for candidate in (
         row_id(row("bad")),
         "bad",
@@ -156,6 +156,23 @@ def test_a_parquet_that_does_not_say_how_it_was_scored_needs_a_word(run: Run, tm
     assert answer.code == 2 and "--same-protocol" in answer.err and "Traceback" not in answer.err
     answer = run("--candidate", a, "--baseline", b, "--same-protocol")
     assert answer.code == 0 and "caller's word" in answer.out
+
+
+def test_a_parquet_of_benchmark_score_says_how_it_was_scored(run: Run, tmp_path: Path) -> None:
+    from benchmark.score.__main__ import main as score
+
+    generator = np.random.default_rng(0)
+    truth = generator.random((8, 32, 32, 3))
+    np.save(tmp_path / "truth.npy", (255 * truth).astype(np.uint8))
+    for name, noise in (("good", 0.2), ("bad", 0.8)):
+        mixed = (1 - noise) * truth + noise * generator.random(truth.shape)
+        np.save(tmp_path / f"{name}.npy", (255 * mixed).astype(np.uint8))
+        images = ["--recons", str(tmp_path / f"{name}.npy"), "--truth", str(tmp_path / "truth.npy")]
+        options = ["--metrics", "PixCorr,SSIM", "--per-image", str(tmp_path / f"{name}.parquet"), "--no-progress"]
+        assert score([*images, *options]) == 0
+    answer = run("--candidate", tmp_path / "bad.parquet", "--baseline", tmp_path / "good.parquet")
+    assert answer.code == 1 and "FAILED: PixCorr, SSIM" in answer.out and "protocol brain-it" in answer.out
+    assert run("--candidate", tmp_path / "good.parquet", "--baseline", tmp_path / "bad.parquet").code == 0
 
 
 def test_different_protocols_and_image_sets_are_refused_with_the_reason(run: Run, tmp_path: Path) -> None:
@@ -295,6 +312,15 @@ def test_a_line_is_listed_in_the_order_of_time_with_its_change_points(run: Run, 
     assert run("--history", tmp_path, "--variant", "cluster=8").code == 2
 
 
+def test_checkpoints_of_too_few_images_are_listed_all_the_same(run: Run, tmp_path: Path) -> None:
+    for number in range(2):
+        scored(tmp_path, number, 0.0)
+        file = tmp_path / "store" / "score" / f"{number:016x}" / "scores.parquet"
+        pq.write_table(scores("combined", seed=number, n=4, method="Brain-IT"), file)
+    answer = run("--history", tmp_path)
+    assert answer.code == 0 and "2 checkpoints" in answer.out and "not compared with each other" in answer.out
+
+
 def test_a_folder_of_results_has_lines_too(run: Run, board: Path) -> None:
     answer = run("--history", board)
     assert answer.code == 0 and "bad: 1 checkpoint" in answer.out and "unkept" not in answer.out
@@ -352,6 +378,14 @@ def test_a_checkpoint_is_reconstructed_and_scored_first(run: Run, tiny_run: Any,
     assert run("--candidate", copy, *baseline, *options).code == answer.code and scores_kept() == before + 2
     history = run("--history", folder, "--variant", MAIN)
     assert history.out.count("(checked)") == 2
+
+    official = {
+        f"{name}.{k}": v for name in ("bit", "unet") for k, v in load_file(joint / f"{name}.safetensors").items()
+    }
+    about = {"mapping_version": 1, "parts": {"joint": {"prefix": ""}}}
+    save_file(official, tmp_path / "converted.safetensors", {"official": json.dumps(about)})
+    converted = run("--candidate", tmp_path / "converted.safetensors", *baseline, *options)
+    assert converted.code == 0 and "identical" in converted.out and scores_kept() == before + 3, converted.err
 
     save_file({"proj.weight": np.zeros((2, 2), np.float32)}, copy / "bit.safetensors")
     answer = run("--candidate", copy, *baseline, *options)
