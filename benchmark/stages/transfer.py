@@ -48,7 +48,6 @@ from methods.brain_it.unclip import diffusion_loss
 TABLE = "table.safetensors"
 NEAREST = "nearest.npy"
 FULL = "full"
-_AMOUNTS = {"450": "15min-450"}  # what ``data.release`` calls them
 
 
 # --- the new subject's data -------------------------------------------------------------------------------------------
@@ -84,6 +83,11 @@ def first_session(source: NSD | PreparedData, subject: int) -> tuple[np.ndarray,
     return shown, np.array(source.trial_betas(subject)[: len(shown)])
 
 
+def session_amount(amount: str) -> str:
+    """Return what ``data.release`` calls an amount of the first session."""
+    return {"450": "15min-450"}.get(amount, amount)
+
+
 class NewSubject(Prepared):
     """What is used of a new subject, in the place of all subjects' averaged recordings.
 
@@ -106,7 +110,7 @@ class NewSubject(Prepared):
             self.train_ids = self.target_ids
             return
         session = np.load(folder / f"trial_ids_subj{subject}.npy")
-        chosen = select_trials(session, self.shared_ids, subject, _AMOUNTS.get(amount, amount))
+        chosen = select_trials(session, self.shared_ids, subject, session_amount(amount))
         trials = np.load(folder / f"trials_subj{subject}.npy", mmap_mode="r")
         self.betas, self.seen_ids = [trials[chosen.trials]], [chosen.image_ids]
         self.train_ids, self.shown = np.unique(chosen.image_ids), chosen.shown
