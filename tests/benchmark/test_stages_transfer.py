@@ -26,6 +26,7 @@ from benchmark.data.prepare import prepare as make_store
 from benchmark.data.settings import SimulationSettings
 from benchmark.data.simulate import simulate
 from benchmark.errors import RunError, UserError
+from benchmark.estimate import estimate
 from benchmark.execute import RunOptions, execute
 from benchmark.graph import Plan, Stage
 from benchmark.progress import Progress
@@ -242,6 +243,19 @@ def test_without_a_new_subject_the_settings_change_nothing() -> None:
     settings = {"transfer.amount": "15min", "transfer.joint.epochs": 7}
     one, other = demo(), demo().with_settings(settings)
     assert {n: s.fingerprint for n, s in plan(one).items()} == {n: s.fingerprint for n, s in plan(other).items()}
+
+
+def test_the_estimate_knows_every_stage_and_grows_with_the_amount() -> None:
+    hours = []
+    for amount in AMOUNTS:
+        full = paper().with_settings({"transfer.subject": 1, "transfer.amount": amount})
+        stages = Plan.of([variant_stages(full, "x", "d" * 64, absent="missing").score]).stages
+        costs = {stage.name: estimate(stage, full) for stage in stages}
+        assert {name for name, cost in costs.items() if not cost.disk} == {"transfer-clusters"}
+        hours.append(costs["transfer-joint"].gpu_hours)
+        assert costs["transfer-semantic"].disk < costs["semantic"].disk / 8, "a table is kept, not a model"
+    order = [hours[AMOUNTS.index(amount)] for amount in ("15min", "30min", "450", "1h", FULL)]
+    assert order == sorted(order) and order[3] == pytest.approx(40 * 200 * 4 * 675 / (10 * 2900 * 64))
 
 
 def test_the_new_subject_is_who_is_reconstructed() -> None:
