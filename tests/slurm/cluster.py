@@ -472,9 +472,9 @@ def _free_ports(count: int) -> int:
 
 def install() -> int:
     """Install what is missing, after saying what that is; return 2 where it cannot be done."""
-    missing = missing_packages() if shutil.which("dpkg-query") else list(PACKAGES)
-    if not missing:
+    if all(shutil.which(program, path=_SYSTEM_PATH) for program in PROGRAMS):
         return 0
+    missing = missing_packages() if shutil.which("dpkg-query") else list(PACKAGES)
     for needed, absent in (("apt-get (Debian)", not shutil.which("apt-get")), ("root", os.geteuid() != 0)):
         if absent:
             print(f"error: the Slurm tests need {needed} to install {' '.join(missing)}", file=sys.stderr)
