@@ -15,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark import networks, report, stages
+from benchmark import networks, stages
 from benchmark.cli import main_guard
 from benchmark.data.scenes import describe_scene, render_scenes
 from benchmark.demo_generator.train import RESERVED_SEED
 from benchmark.evidence import pictures as evidence
 from benchmark.evidence.__main__ import main
+from benchmark.report import rows as report
 from benchmark.stages import KINDS, image_name, reconstruct, score, seen_name
 from benchmark.stages.reconstruct import image_seed, read_images
 from leaderboard import compare
