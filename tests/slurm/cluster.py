@@ -451,7 +451,9 @@ def _kill(*pids: int) -> None:
 
 def _lives(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        # The first thread of a dead process may be gone while others still hold its files.
+        return state not in "ZX" or len(os.listdir(f"/proc/{pid}/task")) > 1
     return False
 
 

@@ -74,7 +74,7 @@ def test_death_of_a_node(training: Any, undisturbed: Mapping[str, Any]) -> None:
     job = training.job(training.stage("encoder"))
     node = training.cluster.run("squeue", "-h", "-j", job, "-o", "%N").strip()
     training.cluster.kill_node(node)
-    assert training.store.state(training.stage("encoder")).kind == "interrupted"
+    training.until(lambda: training.store.state(training.stage("encoder")).kind == "interrupted", 20)
     training.cluster.start_node(node)
     resumed(training, undisturbed)
 
