@@ -204,7 +204,7 @@ def test_the_images_are_those_of_the_same_weights(
         (("clusters", "lowlevel", "joint"), set(), " (authors' weights)"),
         (("encoder", "clusters", "lowlevel", "semantic", "joint"), set(), " (authors' weights)"),
     ],
-    ids=" ".join,
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
 def test_only_what_is_needed_runs(
     tiny_run: Any, tmp_path: Path, roles: tuple[str, ...], trained: set[str], credit: str
