@@ -159,7 +159,7 @@ class SlurmLauncher:
         """
         with submissions.submit_lock(store, lambda holder: note(f"waits for {holder}, which submits to this store")):
             decisions = plan.decide(store, mode)
-            wanted = _wanted(decisions, request.only)
+            wanted = _wanted(decisions, request.only, store)
             shared = _shared(store, wanted)
             new = [decision for decision in wanted if decision.stage.fingerprint not in shared]
             if not new:
@@ -447,15 +447,19 @@ def summary_lines(record: Submission, count: int) -> list[str]:
     return [*lines, f"logs: {' '.join(map(_near, folders))}"]
 
 
-def _wanted(decisions: Sequence[Decision], only: Collection[str] | None) -> list[Decision]:
-    """The stages that run, and of these, where ``only`` some are asked for, those and what they need."""
+def _wanted(decisions: Sequence[Decision], only: Collection[str] | None, store: Store) -> list[Decision]:
+    """The stages that run, and of these, where ``only`` some are asked for, those and what they lack.
+
+    Who forces a whole sweep anew has every stage run; who asks for one stage of it has no use for results to be made
+    again that are there.
+    """
     runs = [decision for decision in decisions if decision.action == "run"]
     if only is None:
         return runs
     asked = set(only)
     for decision in reversed(runs):
         if decision.stage.fingerprint in asked:
-            asked.update(_needs(decision.stage))
+            asked.update(need.fingerprint for need in decision.stage.upstream.values() if not store.is_done(need))
     return [decision for decision in runs if decision.stage.fingerprint in asked]
 
 

@@ -313,6 +313,20 @@ def test_only_some_stages_with_what_they_need(fake: Fake, store: Store, tmp_path
     ]
 
 
+def test_a_stage_that_is_asked_for_by_force_leaves_finished_ones_as_they_are(
+    fake: Fake, store: Store, tmp_path: Path
+) -> None:
+    plan = small_sweep(tmp_path)
+    wanted = next(stage for stage in plan.stages if stage.title == "joint [k=64]")
+    for stage in plan.stages[: plan.stages.index(wanted)]:
+        if stage.title in ("data", "encoder", "clusters [k=64]"):
+            execute(stage, store, OPTIONS)
+    record, count = submit(plan, store, mode="force", only=[wanted.fingerprint])
+    assert count == 1 and [stage.title for stage in record.stages if stage.job] == ["joint [k=64]"]
+    _, count = submit(plan, store, mode="force")
+    assert count >= 10, "who forces the sweep has all of it made again"
+
+
 def test_a_refusal_leaves_nothing_in_the_queue(fake: Fake, store: Store, tmp_path: Path) -> None:
     (fake.folder / "refuse").write_text("clusters.joint")
     with pytest.raises(UserError) as caught:
