@@ -91,11 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {"show": commands.show, "build": commands.build, "compare": commands.compare_rows, "add": commands.add}
     try:
         run[args.command](args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as head does
+        sys.stdout = open(os.devnull, "w")  # or Python complains when it flushes at the end
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
     return 0
 
 
