@@ -183,9 +183,11 @@ def _start(folder: Path) -> subprocess.Popen[str]:
         "1",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for _ in range(600):
+    for _ in range(2000):  # a busy machine may take a minute to start it
         if list(folder.parent.glob("tree.partial-*/nsddata_stimuli")):
             return process
+        if process.poll() is not None:
+            break
         time.sleep(0.1)
     process.kill()
     raise AssertionError("the simulation did not start")
