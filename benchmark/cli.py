@@ -27,6 +27,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {_one_line(message, self)}\n")
 
 
+def positive(text: str) -> int:
+    """Read an option's whole number from 1; for ``type=``."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not '{text}'")
+    return value
+
+
+def from_zero(text: str) -> int:
+    """Read an option's whole number from 0; for ``type=``."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not '{text}'")
+    return int(text)
+
+
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """Walk ``parser`` and the parsers of its subcommands."""
     yield parser

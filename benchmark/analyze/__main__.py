@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmark.cli import Parser, main_guard
+from benchmark.cli import Parser, main_guard, positive
 from benchmark.errors import UserError
 
 EXAMPLES = """\
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
         default="test",
         help="recordings of which images (default: test; the demo has few of these, and more for validation)",
     )
-    attention.add_argument("--count", type=_positive, metavar="N", help="the first so many images (default: all)")
+    attention.add_argument("--count", type=positive, metavar="N", help="the first so many images (default: all)")
     attention.add_argument(
         "--data",
         type=Path,
@@ -54,13 +54,6 @@ def build_parser() -> Parser:
     attention.add_argument("--device", default="auto", help="auto, cpu, cuda (default: a GPU where there is one)")
     attention.add_argument("--no-progress", action="store_true", help="no progress bars or lines")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not '{text}'")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmark.cli import Parser, main_guard
+from benchmark.cli import Parser, from_zero, main_guard, positive
 from benchmark.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def parser() -> Parser:
     rules.add_argument(
         "--power", type=float, default=0.8, metavar="P", help="for which detectable drops are stated (default: 0.8)"
     )
-    rules.add_argument("--seed", type=_from_zero, default=0, help="of resampling (default: 0)")
+    rules.add_argument("--seed", type=from_zero, default=0, help="of resampling (default: 0)")
     score = p.add_argument_group("checkpoints")
     score.add_argument(
         "--run",
@@ -79,7 +79,7 @@ def parser() -> Parser:
     )
     score.add_argument("--weights", type=Path, metavar="DIR", help="folder of the papers' networks")
     score.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
-    score.add_argument("--threads", type=_positive, metavar="N", help="threads (default: all cores)")
+    score.add_argument("--threads", type=positive, metavar="N", help="threads (default: all cores)")
     output = p.add_argument_group("output")
     output.add_argument(
         "--out",
@@ -88,24 +88,11 @@ def parser() -> Parser:
         help="write check.json, junit.xml, comment.md and worse.html there; history.json; the curves",
     )
     output.add_argument(
-        "--worst", type=_positive, default=24, metavar="N", help="images on the page of those that got worse"
+        "--worst", type=positive, default=24, metavar="N", help="images on the page of those that got worse"
     )
-    output.add_argument("--pairs", type=_positive, default=1000, metavar="N", help="simulated by --calibrate")
+    output.add_argument("--pairs", type=positive, default=1000, metavar="N", help="simulated by --calibrate")
     output.add_argument("--no-progress", action="store_true", help="no progress bars or lines")
     return p
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not '{text}'")
-    return value
-
-
-def _from_zero(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not '{text}'")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

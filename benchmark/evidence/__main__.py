@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmark.cli import Parser, main_guard
+from benchmark.cli import Parser, main_guard, positive
 from benchmark.errors import UserError
 from benchmark.evidence.learning import add_arguments, run
 
@@ -27,13 +27,13 @@ def build_parser() -> Parser:
     )
     _add_out(pictures)
     pictures.add_argument(
-        "--clusters", type=_positive, default=128, metavar="N", help="the variant shown (default: %(default)s)"
+        "--clusters", type=positive, default=128, metavar="N", help="the variant shown (default: %(default)s)"
     )
     pictures.add_argument(
-        "--subject", type=_positive, default=1, metavar="S", help="whose pictures are shown (default: %(default)s)"
+        "--subject", type=positive, default=1, metavar="S", help="whose pictures are shown (default: %(default)s)"
     )
     pictures.add_argument(
-        "--count", type=_positive, default=12, metavar="N", help="show the first N test images (default: %(default)s)"
+        "--count", type=positive, default=12, metavar="N", help="show the first N test images (default: %(default)s)"
     )
 
     generator = commands.add_parser(
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
         "first twelve) and generator.json.",
     )
     generator.add_argument(
-        "--images", type=_positive, default=144, metavar="N", help="scenes to draw, 2 or more (default: %(default)s)"
+        "--images", type=positive, default=144, metavar="N", help="scenes to draw, 2 or more (default: %(default)s)"
     )
     generator.add_argument("--seed", type=int, default=12345, help="of the scenes (default: %(default)s)")
     _add_out(generator)
@@ -60,13 +60,6 @@ def build_parser() -> Parser:
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not '{text}'")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from benchmark.cli import Parser, main_guard
+from benchmark.cli import Parser, main_guard, positive
 from benchmark.errors import RunError, UserError, did_you_mean
 from benchmark.perf.entries import ENTRIES, Entry, Job
 from benchmark.progress import Progress
@@ -27,9 +26,9 @@ def build_parser() -> Parser:
     parser.add_argument("names", nargs="*", metavar="NAME", help="entries to measure (default: all; see --list)")
     parser.add_argument("--list", action="store_true", help="print the entries and their goals, measure nothing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
-    parser.add_argument("--runs", type=_positive, default=3, metavar="N", help="of each side (default: %(default)s)")
+    parser.add_argument("--runs", type=positive, default=3, metavar="N", help="of each side (default: %(default)s)")
     parser.add_argument(
-        "--threads", type=_positive, default=_cores(), metavar="N", help="of both sides (default: this machine's cores)"
+        "--threads", type=positive, default=_cores(), metavar="N", help="of both sides (default: this machine's cores)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="small inputs, one run: checks the results, its times mean nothing"
@@ -40,13 +39,6 @@ def build_parser() -> Parser:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not '{text}'")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmark.cli import Parser
+from benchmark.cli import Parser, from_zero, positive
 from benchmark.errors import UserError, did_you_mean
 from benchmark.score.steps import PIXEL_KEYS
 from metrics.cards import KEYS
@@ -54,7 +54,7 @@ def parser() -> Parser:
         metavar="FILE",
         help="also score these ids from the same pass: a list, or NSD's nsd_expdesign.mat for the 982 images",
     )
-    images.add_argument("--subject", type=_positive, metavar="N", help="whose they are, where names do not tell")
+    images.add_argument("--subject", type=positive, metavar="N", help="whose they are, where names do not tell")
     images.add_argument("--allow-constant", action="store_true", help="score images of one flat colour, and note them")
     scoring = p.add_argument_group("scoring")
     scoring.add_argument("--protocol", metavar="NAME", help=f"{', '.join(PROTOCOLS)}, or all (default: {DEFAULT})")
@@ -68,7 +68,7 @@ def parser() -> Parser:
         help="the pool of CLIP-1000 in brain-it: other images, or an M x 768 array of their features",
     )
     scoring.add_argument("--no-calibration", action="store_true", help="leave out the chance and ceiling columns")
-    scoring.add_argument("--seed", type=_from_zero, default=0, help="of intervals and shuffling (default: 0)")
+    scoring.add_argument("--seed", type=from_zero, default=0, help="of intervals and shuffling (default: 0)")
     networks = p.add_argument_group("networks")
     networks.add_argument(
         "--backbones",
@@ -77,13 +77,13 @@ def parser() -> Parser:
     )
     networks.add_argument("--weights", type=Path, metavar="DIR", help="folder of the papers' weights files")
     networks.add_argument(
-        "--random-weights", type=_from_zero, metavar="SEED", help="dry run: true architectures, meaningless weights"
+        "--random-weights", type=from_zero, metavar="SEED", help="dry run: true architectures, meaningless weights"
     )
     networks.add_argument(
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: a GPU where there is one)"
     )
-    networks.add_argument("--batch", type=_positive, default=32, metavar="N", help="images a pass (default: 32)")
-    networks.add_argument("--threads", type=_positive, metavar="N", help="threads (default: all cores)")
+    networks.add_argument("--batch", type=positive, default=32, metavar="N", help="images a pass (default: 32)")
+    networks.add_argument("--threads", type=positive, metavar="N", help="threads (default: all cores)")
     networks.add_argument("--cache", type=Path, metavar="DIR", help="keep the truths' features there for later calls")
     output = p.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write scores.json; - prints it, and the table to stderr")
@@ -91,19 +91,6 @@ def parser() -> Parser:
     output.add_argument("--method", metavar="NAME", help="name in the Parquet file (default: from --recons)")
     output.add_argument("--no-progress", action="store_true", help="no progress bars or lines")
     return p
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not '{text}'")
-    return value
-
-
-def _from_zero(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not '{text}'")
-    return int(text)
 
 
 @dataclass(frozen=True)
