@@ -211,6 +211,15 @@ def mean_loss(loss_of: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> f
     return sum(float(loss_of(batch)) * len(batch.rows) for batch in batches) / sum(len(b.rows) for b in batches)
 
 
+def predicted_tokens(
+    model: nn.Module, batch: Batch, keep: Tensor | None, device: str, queries: Tensor | None = None
+) -> Tensor:
+    """Return what a network, called as a BIT is, predicts from a batch's kept voxels (all where None)."""
+    mask = None if keep is None else keep.to(device)
+    tokens: Tensor = model(batch.betas.to(device), batch.subject.to(device), keep=mask, queries=queries)
+    return tokens
+
+
 def lowlevel_loss(
     model: nn.Module,
     batch: Batch,
@@ -228,12 +237,7 @@ def lowlevel_loss(
     positions = tokens.sample_positions(len(batch.rows), generator)
     index = positions[..., None].expand(-1, -1, tokens.width)
     true = targets(batch.rows).gather(1, index).to(device)
-    predicted = model(
-        batch.betas.to(device),
-        batch.subject.to(device),
-        keep=None if keep is None else keep.to(device),
-        queries=positions.to(device),
-    ).float()
+    predicted = predicted_tokens(model, batch, keep, device, queries=positions.to(device)).float()
     if scale is not None:
         return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, scale), predicted, true
     layers = zip(predicted.split(tokens.sampled_sizes, 1), true.split(tokens.sampled_sizes, 1), strict=True)
@@ -285,9 +289,7 @@ def fit_lowlevel(
 
     summary = _fit(ctx, model, batch_loss, validate, label)
     model.eval()
-    save_calibration(
-        ctx, validation, targets, lambda b: model(b.betas.to(ctx.device), b.subject.to(ctx.device)).float()
-    )
+    save_calibration(ctx, validation, targets, lambda batch: predicted_tokens(model, batch, None, ctx.device).float())
     return summary
 
 
@@ -324,9 +326,7 @@ def fit_semantic(
     config = dict(ctx.config)
 
     def pair(batch: Batch, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        true = targets(batch.rows)
-        mask = None if keep is None else keep.to(ctx.device)
-        return model(batch.betas.to(ctx.device), batch.subject.to(ctx.device), keep=mask).float(), true
+        return predicted_tokens(model, batch, keep, ctx.device).float(), targets(batch.rows)
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(config["batch"], step, generator)
@@ -366,6 +366,29 @@ class BrainToImage(nn.Module):
         self.bit, self.unet = bit, unet
 
 
+def joint_loss(
+    model: BrainToImage,
+    generator_network: networks.Generator,
+    z: Tensor,
+    batch: Batch,
+    keep: Tensor | None,
+    generator: torch.Generator,
+    offset: float,
+    device: str,
+) -> Tensor:
+    """Return the diffusion loss of a batch with latents ``z``, conditioned on the tokens that the BIT predicts."""
+    condition = predicted_tokens(model.bit, batch, keep, device)
+    return diffusion_loss(
+        model.unet,
+        z.float().to(device),
+        condition,
+        generator,
+        schedule=generator_network.schedule,
+        offset=offset,
+        vector=generator_network.vector,
+    )
+
+
 def run_joint(ctx: StageContext) -> dict[str, Any]:
     """Train semantic BIT and denoiser together on the diffusion loss (Sec. 3.2, stage 2).
 
@@ -387,18 +410,8 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
     pool = open_pool(ctx, data)
 
     def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> Tensor:
-        mask = None if keep is None else keep.to(ctx.device)
-        condition = model.bit(batch.betas.to(ctx.device), batch.subject.to(ctx.device), keep=mask)
-        z = torch.from_numpy(latents[batch.rows]).float().to(ctx.device)
-        return diffusion_loss(
-            model.unet,
-            z,
-            condition,
-            generator,
-            schedule=generator_network.schedule,
-            offset=config["offset_noise"],
-            vector=generator_network.vector,
-        )
+        z = torch.from_numpy(latents[batch.rows])
+        return joint_loss(model, generator_network, z, batch, keep, generator, config["offset_noise"], ctx.device)
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(config["batch"], step, generator)

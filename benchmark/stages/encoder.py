@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,13 @@ def run_external(ctx: StageContext) -> dict[str, Any]:
     def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"betas": torch.cat(predict(rows + first, range(len(data.subjects))), dim=1).numpy()}
 
+    return keep_predictions(ctx, count, compute)
+
+
+def keep_predictions(
+    ctx: StageContext, count: int, compute: Callable[[np.ndarray], dict[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Write what ``compute`` predicts for ``count`` external images, in shards; goes on where it was stopped."""
     shards = ctx.checkpoints / "shards"
     with ctx.progress.bar("external images", total=count) as bar:
         write_shards(shards, count, compute, batch=PREDICT_BATCH, progress=bar.advance)

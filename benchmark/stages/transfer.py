@@ -31,10 +31,19 @@ from benchmark.data.nsd import NSD
 from benchmark.data.prepared import PreparedData
 from benchmark.data.splits import select_trials
 from benchmark.errors import RunError
-from benchmark.shards import Shards, collect, write_shards
+from benchmark.shards import Shards
 from benchmark.stages import reconstruct
-from benchmark.stages.bit import Batch, BrainToImage, Pool, build_bit, kept_voxels, lowlevel_loss, voxel_layout
-from benchmark.stages.encoder import PREDICT_BATCH, EncoderWithAdapters, Predictor, load_mapping
+from benchmark.stages.bit import (
+    BrainToImage,
+    Pool,
+    build_bit,
+    joint_loss,
+    kept_voxels,
+    lowlevel_loss,
+    predicted_tokens,
+    voxel_layout,
+)
+from benchmark.stages.encoder import PREDICT_BATCH, EncoderWithAdapters, Predictor, keep_predictions, load_mapping
 from benchmark.stages.features import LowLevelTargets, SemanticTargets, encoder_taps
 from benchmark.stages.prepare import Prepared, check_transfer, source_of, take, write_averages, write_meta
 from benchmark.training import is_first_process, shared_out, train
@@ -43,7 +52,6 @@ from methods.brain_it.encoder import voxel_correlation
 from methods.brain_it.losses import encoder_loss
 from methods.brain_it.transfer import BIT_TABLE, ENCODER_TABLE, adopt, epoch_length, frozen_digest, mixed
 from methods.brain_it.transformer import BIT
-from methods.brain_it.unclip import diffusion_loss
 
 TABLE = "table.safetensors"
 NEAREST = "nearest.npy"
@@ -258,11 +266,7 @@ def run_external(ctx: StageContext) -> dict[str, Any]:
     def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"betas": predict(rows + first, [0])[0].numpy()}
 
-    shards = ctx.checkpoints / "shards"
-    with ctx.progress.bar("external images", total=count) as bar:
-        write_shards(shards, count, compute, batch=PREDICT_BATCH, progress=bar.advance)
-    collect(shards, ctx.out)
-    return {"images": count}
+    return keep_predictions(ctx, count, compute)
 
 
 def run_clusters(ctx: StageContext) -> dict[str, Any]:
@@ -400,12 +404,6 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     return {**data.used(), **summary}
 
 
-def _tokens(ctx: StageContext, bit: BIT, batch: Batch, keep: Tensor | None) -> Tensor:
-    mask = None if keep is None else keep.to(ctx.device)
-    tokens: Tensor = bit(batch.betas.to(ctx.device), batch.subject.to(ctx.device), keep=mask)
-    return tokens
-
-
 def run_semantic(ctx: StageContext) -> dict[str, Any]:
     """Train the new subject's voxel table in the semantic BIT, stage 1: mean squared error to the spatial tokens.
 
@@ -418,7 +416,7 @@ def run_semantic(ctx: StageContext) -> dict[str, Any]:
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(settings.batch, step, generator)
-        predicted = _tokens(ctx, bit, batch, kept_voxels(config, data, batch, generator)).float()
+        predicted = predicted_tokens(bit, batch, kept_voxels(config, data, batch, generator), ctx.device).float()
         return F.mse_loss(predicted, targets(batch.rows)), {}
 
     summary = fit_table(ctx, bit, table, batch_loss, settings, pool.epoch, "new subject's semantic BIT")
@@ -445,20 +443,12 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
 
     def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = pool.draw(settings.batch, step, generator)
-        condition = _tokens(ctx, model.bit, batch, kept_voxels(config["bit"], data, batch, generator))
+        keep = kept_voxels(config["bit"], data, batch, generator)
         z = _of_both(
             data, batch.rows, lambda rows: torch.from_numpy(own[rows]), lambda rows: torch.from_numpy(base[rows])
         )
-        loss = diffusion_loss(
-            model.unet,
-            z.float().to(ctx.device),
-            condition,
-            generator,
-            schedule=generator_network.schedule,
-            offset=config["offset_noise"],
-            vector=generator_network.vector,
-        )
-        return loss, {}
+        offset = config["offset_noise"]
+        return joint_loss(model, generator_network, z, batch, keep, generator, offset, ctx.device), {}
 
     summary = fit_table(ctx, model, table, batch_loss, settings, pool.epoch, "new subject's joint training")
     return {**data.used(), **summary}
