@@ -1,15 +1,16 @@
 """Does an ordering that a paper printed hold here? Our paired differences beside the paper's, metric by metric.
 
 A published table says which of two variants is better on a metric. Whether the same is true of our scores is asked of
-the very images: the paired difference, its interval and its permutation test (:mod:`leaderboard.statistics`), and,
-where there are several seeds, whether each of them agrees. Only the direction is compared, never the size: this is
-what may be said across tracks, where the numbers themselves compare with nothing.
+the very images: the paired difference, its interval and its permutation test (:mod:`leaderboard.statistics`). Where
+there are several seeds, trainings are a sample as well as images: a difference then has to pass the test over images
+and that over images and seeds, and no seed may have the other sign. Only the direction is compared, never the size:
+this is what may be said across tracks, where the numbers themselves compare with nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from leaderboard.published import PublishedRow
-from leaderboard.statistics import Key, compare
+from leaderboard.statistics import Comparison, Floats, Key, compare, scores, seeds_test
 from metrics.cards import CARDS
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class Ordering:
         variant, reference: names of our rows.
         metric: its key.
         printed: the published difference, variant minus reference.
-        difference, ci_low, ci_high, p, q: ours, as of :class:`leaderboard.statistics.Comparison`; q over all metrics
-            and variants that were asked together.
+        difference, ci_low, ci_high, p, q: ours, as of :class:`leaderboard.statistics.Comparison`; with several seeds
+            the interval is over them too, and p the larger of the permutation's and
+            :func:`leaderboard.statistics.seeds_test`'s; q over all metrics and variants that were asked together.
         seeds: how many seeds there are.
         seeds_agreeing: of how many the mean difference has the sign of the whole.
         verdict: "holds" or "reversed" where ours is told from zero: its interval leaves zero out, q is below .05, and
@@ -91,21 +93,26 @@ def orderings(
     by_seed = {
         s: per_image.filter(pc.equal(per_image["seed"], s)) for s in sorted(pc.unique(per_image["seed"]).to_pylist())
     }
-    found: list[tuple[Key, str, Any, list[float]]] = []
+    found: list[tuple[Key, str, Comparison, list[float]]] = []
     for key, row in rows.items():
         metrics = [
             m for m in CARDS if m in row.metrics and m in own_printed.metrics and _have(per_image, (key, own), m)
         ]
         if not metrics:
             continue
-        options: dict[str, Any] = {"metrics": metrics, "n_permutations": n_permutations, "seed": seed}
-        whole = compare(per_image, key, own, n_resamples=n_resamples, **options)
-        single = [
-            compare(table, key, own, metrics=metrics, n_resamples=2, n_permutations=1)
-            for table in by_seed.values()
-            if len(by_seed) > 1 and all(_have(table, (key, own), m) for m in metrics)
-        ]
-        found += [(key, m, whole[m], [one[m].difference for one in single]) for m in metrics]
+        whole = compare(
+            per_image, key, own, metrics=metrics, n_resamples=n_resamples, n_permutations=n_permutations, seed=seed
+        )
+        by_training: dict[str, list[float]] = {m: [] for m in metrics}
+        if (trainings := _trainings(by_seed, key, own, metrics)) is not None:
+            a, b, paired = trainings
+            low, high, p = seeds_test(a, b, paired=paired, n_resamples=n_resamples, seed=seed)
+            for k, m in enumerate(metrics):
+                larger_p = max(whole[m].p, float(p[k]))
+                whole[m] = replace(whole[m], ci_low=float(low[k]), ci_high=float(high[k]), p=larger_p)
+                if paired:
+                    by_training[m] = np.nanmean(a[:, k] - b[:, k], axis=(-2, -1)).tolist()
+        found += [(key, m, whole[m], by_training[m]) for m in metrics]
     q = _adjusted([comparison.p for _, _, comparison, _ in found])
     result = []
     for (key, metric, ours, each), adjusted in zip(found, q, strict=True):
@@ -141,7 +148,8 @@ def orderings(
 _SHORT = {"holds": "holds", "reversed": "reversed", "cannot be told": "?", "printed equal": "="}
 LEGEND = (
     "better, worse: as the paper prints it, against the reference. holds, reversed: told from zero by our paired "
-    "images (q < .05, and every seed agrees); ?: cannot be told at this size; =: the paper prints no difference."
+    "images and, where there are several, seeds (q < .05, and every seed agrees); ?: cannot be told at this size; "
+    "=: the paper prints no difference."
 )
 
 
@@ -205,12 +213,37 @@ def _cell(ordering: Ordering | None) -> str:
     return f"{'better' if ordering.printed_better else 'worse'}: {_SHORT[ordering.verdict]}"
 
 
-def _have(table: pa.Table, keys: tuple[Key, Key], metric: str) -> bool:
+def _have(table: pa.Table, keys: tuple[Key, ...], metric: str) -> bool:
     def present(key: Key) -> bool:
         same = pc.and_(pc.equal(table["method"], key[0]), pc.equal(table["variant"], key[1]))
         return bool(pc.any(pc.and_(same, pc.equal(table["metric"], metric))).as_py())
 
     return all(present(key) for key in keys)
+
+
+def _trainings(
+    by_seed: Mapping[int, pa.Table], a: Key, b: Key, metrics: Sequence[str]
+) -> tuple[Floats, Floats, bool] | None:
+    """Return the scores of each training of two rows, (seeds, metrics, subjects, images) each, and whether seeds pair.
+
+    None where not both have several.
+    """
+    sides = []
+    for key in (a, b):
+        own = {s: table for s, table in by_seed.items() if all(_have(table, (key,), m) for m in metrics)}
+        if len(own) < 2:
+            return None
+        data = [scores(_of(table, key)) for table in own.values()]
+        if any((one.subjects, one.image_ids) != (data[0].subjects, data[0].image_ids) for one in data):
+            raise ValueError(f"{' '.join(key).strip()}: seeds were scored on different subjects or images")
+        places = [data[0].metrics.index(m) for m in metrics]
+        sides.append((tuple(own), np.stack([one.values[0, places] for one in data])))
+    (seeds_a, values_a), (seeds_b, values_b) = sides
+    return values_a, values_b, seeds_a == seeds_b
+
+
+def _of(table: pa.Table, key: Key) -> pa.Table:
+    return table.filter(pc.and_(pc.equal(table["method"], key[0]), pc.equal(table["variant"], key[1])))
 
 
 def _adjusted(p: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -270,6 +270,32 @@ def seeds_p(mean: Floats, variance: Floats, freedom: Floats) -> Floats:
     return np.where(np.isnan(t), 0.5, stdtr(freedom, np.nan_to_num(t, nan=0.0, posinf=np.inf, neginf=-np.inf)))
 
 
+def seeds_test(
+    a: Floats, b: Floats, *, paired: bool, n_resamples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> tuple[Floats, Floats, Floats]:
+    """Interval and two-sided p of the mean of A minus B where trainings are a sample, too.
+
+    Args:
+        a: (seeds, ..., subjects, images); NaN where there is no score.
+        b: likewise.
+        paired: whether the k-th training of A and of B share what their seed decides (first weights, batches, the
+            shared stages): then they differ together, and their difference is what is sampled.
+        n_resamples, seed: of the bootstrap.
+        confidence: of the interval.
+
+    Returns:
+        lower and upper bound, and p, three arrays (...).
+    """
+    if paired:
+        a = a - b
+        b = np.where(np.isfinite(a[:1]), 0.0, np.nan)
+    tail = 50 * (1 - confidence)
+    low, high = np.nanpercentile(bootstrap_seeds(a, b, n_resamples, seed), [tail, 100 - tail], axis=0)
+    mean = np.asarray(np.nanmean(a.mean(axis=0) - b.mean(axis=0), axis=(-2, -1)))
+    p = 2 * seeds_p(-np.abs(mean), *spread_with_seeds(a, b))
+    return low, high, np.minimum(p, 1.0)
+
+
 def _bca(cells: Floats, means: Floats, confidence: float) -> Floats:
     """BCa bounds (2, rows) of the mean of ``cells`` (rows, images) from its resampled ``means`` (resamples, rows)."""
     present = np.isfinite(cells)
