@@ -42,6 +42,14 @@ def from_zero(text: str) -> int:
     return int(text)
 
 
+def distinct(text: str) -> list[int]:
+    """Read an option's whole numbers from 0, different ones with commas between; for ``type=``."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 0, each once, e.g. 0,1,2, not '{text}'")
+    return [int(word) for word in words]
+
+
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """Walk ``parser`` and the parsers of its subcommands."""
     yield parser

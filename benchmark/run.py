@@ -8,6 +8,7 @@ import os
 import sys
 
 from benchmark.cli import Parser, main_guard
+from benchmark.errors import UserError
 from benchmark.running import add_arguments, read_settings, run_sweep, show, sweep_of
 
 EXAMPLES = """\
@@ -45,14 +46,16 @@ def main() -> int:
     if args.smoke:
         return _smoke(args)
     # The seed is what this sweep of one variant varies.
-    args.sweep, args.variant_seed, args.seed = "run", args.seed or 0, None
+    first, *more = args.seed or [0]
+    if more:
+        raise UserError("--seed takes one number here; several: python -m benchmark.sweep seeds --only 0,1,2")
+    args.sweep, args.variant_seed, args.seed = "run", first, None
     return run_sweep(sweep_of(args), args)
 
 
 def _smoke(args: argparse.Namespace) -> int:
     from benchmark.config import PRESETS
     from benchmark.devices import choose_device
-    from benchmark.errors import UserError
     from benchmark.execute import RunOptions
     from benchmark.graph import Plan
     from benchmark.launch import raise_failures

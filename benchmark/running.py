@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.cli import Parser
+from benchmark.cli import Parser, distinct
 
 if TYPE_CHECKING:
     from benchmark.config import Variant
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from benchmark.graph import Decision, Plan
     from benchmark.launch.slurm import SlurmLauncher
     from benchmark.official import Part
+    from benchmark.report.rows import Training
     from benchmark.stages import VariantStages
     from benchmark.store import Store
     from benchmark.sweeps import Sweep
@@ -53,7 +54,12 @@ def add_arguments(p: Parser) -> None:
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. lowlevel.dim=64"
     )
-    p.add_argument("--seed", type=int, help="seed of the variants (default: 0)")
+    p.add_argument(
+        "--seed",
+        type=distinct,
+        metavar="N[,N]",
+        help="seed of the variants (default: 0); with several, each variant is trained with each, one row over all",
+    )
     p.add_argument(
         "--mode",
         default="cached",
@@ -144,7 +150,9 @@ def run_sweep(
         raise UserError(f"--parallel {args.parallel} needs --launcher local or slurm")
     if not slurm and (args.wait or args.profile is not None):
         raise UserError(f"{'--wait' if args.wait else f'--profile {args.profile}'} needs --launcher slurm")
-    variants = resolve_variants(sweep, args)
+    chosen = resolve_variants(sweep, args)
+    # Every training of every variant, by the name that people know it by; ``labels``: variant -> its trainings' names.
+    labels, variants = every_training(chosen, args.seed)
     launcher = make_launcher("inline" if slurm else args.launcher, parallel)
     options_threads = args.threads or max(1, len(os.sched_getaffinity(0)) // parallel)
     problems = missing_networks(variants)
@@ -159,11 +167,13 @@ def run_sweep(
     if args.official is not None:
         parts, stages = _take_official(args, variants, stages, problems)
     main_name = sweep.variant(sweep.axis.main)
-    if main_name not in stages:
+    if main_name not in labels:
         raise UserError(f"sweep {sweep.name}: its reference variant {main_name} is not among the values that run")
+    main = [stages[label] for label in labels[main_name]]
     store = Store(args.out / "store")
-    scored = stages[main_name].synthetic is None
-    plan = Plan.of([*(own.end for own in stages.values()), *([stages[main_name].references] if scored else [])])
+    scored = main[0].synthetic is None
+    references = [own.references for own in main] if scored else []
+    plan = Plan.of([*(own.end for own in stages.values()), *references])
     decisions = plan.decide(store, args.mode)
     cluster = None
     if slurm:
@@ -174,9 +184,9 @@ def run_sweep(
             problems.append(f"slurm: {error}")
     if problems and not args.dry_run:
         raise refusal(problems)
-    _say_what_runs(sweep, args, decisions, len(variants))
+    _say_what_runs(sweep, args, decisions, len(labels))
     if parts:
-        print(told(parts, stages[main_name]), flush=True)
+        print(told(parts, main[0]), flush=True)
     if args.preset == "paper":
         owner = {
             stage.fingerprint: name
@@ -227,8 +237,15 @@ def run_sweep(
     if not scored:
         for name, own in complete.items():
             print(f"{name}: NSD-Synthetic as seen and reconstructed: {store.folder(own.end)}/grid_subj*.png")
-    elif main_name in complete and stages[main_name].references.fingerprint in finished:
-        _report(args, store, sweep, variants, complete, main_name, time.monotonic() - started)
+    elif finished.issuperset(stage.fingerprint for stage in [*(own.score for own in main), *references]):
+        from benchmark.report.rows import Training
+
+        trainings = {
+            name: [Training(variants[label], stages[label]) for label in own]
+            for name, own in labels.items()
+            if all(label in complete for label in own)
+        }
+        _report(args, store, sweep, trainings, main_name, time.monotonic() - started)
     raise_failures(outcomes)
     return code
 
@@ -332,6 +349,8 @@ def restore_arguments(saved: Mapping[str, Any]) -> argparse.Namespace:
     for name in ("out", "data", "weights", "official", "profile"):
         value = getattr(args, name)
         setattr(args, name, None if value is None else Path(value))
+    if isinstance(args.seed, int):  # of a submission that knew one seed only
+        args.seed = [args.seed]
     return args
 
 
@@ -394,6 +413,21 @@ def resolve_variants(sweep: Sweep, args: argparse.Namespace) -> dict[str, Varian
     return can_run
 
 
+def every_training(
+    variants: Mapping[str, Variant], seeds: Sequence[int] | None
+) -> tuple[dict[str, list[str]], dict[str, Variant]]:
+    """Return variant name -> names of its trainings, one a seed, and the settings of each training by its name."""
+    if not seeds or len(seeds) == 1:
+        return {name: [name] for name in variants}, dict(variants)
+    labels = {name: [f"{name} (seed {seed})" for seed in seeds] for name in variants}
+    settings = {
+        label: variants[name].with_settings({"seed": seed})
+        for name, own in labels.items()
+        for label, seed in zip(own, seeds, strict=True)
+    }
+    return labels, settings
+
+
 def left_out(sweep: Sweep, args: argparse.Namespace) -> list[str]:
     """Return a line for each of a sweep's variants that does not run, with the reason."""
     return [
@@ -409,7 +443,7 @@ def _every_variant(sweep: Sweep, args: argparse.Namespace) -> dict[str, Variant]
 
     if args.quick and args.preset != "demo":
         raise UserError("--quick is for the demo preset; leave out one of --quick and --preset paper")
-    chosen: dict[str, Any] = {} if args.seed is None else {"seed": args.seed}
+    chosen: dict[str, Any] = {} if args.seed is None else {"seed": args.seed[0]}
     chosen |= read_settings(args.set)
     for key in chosen:
         for varied in sweep.axis.varied:
@@ -500,9 +534,10 @@ def _say_what_runs(sweep: Sweep, args: argparse.Namespace, decisions: list[Decis
     runs = sum(decision.action == "run" for decision in decisions)
     cached = sum(decision.action == "cached" for decision in decisions)
     size = "demo, quick" if args.quick else args.preset
+    times = f" x {len(args.seed)} seeds" if args.seed is not None and len(args.seed) > 1 else ""
     print(
-        f"sweep {sweep.name} ({size}): {variants} variants, {len(decisions)} stages: {runs} to run, {cached} cached; "
-        f"results go to {args.out}/",
+        f"sweep {sweep.name} ({size}): {variants} variants{times}, {len(decisions)} stages: {runs} to run, "
+        f"{cached} cached; results go to {args.out}/",
         flush=True,
     )
     for line in left_out(sweep, args):
@@ -528,16 +563,16 @@ def _report(
     args: argparse.Namespace,
     store: Any,
     sweep: Sweep,
-    variants: Mapping[str, Variant],
-    stages: Mapping[str, VariantStages],
+    trainings: Mapping[str, Sequence[Training]],
     main_name: str,
     seconds: float,
 ) -> None:
     from benchmark.progress import clock_time
     from benchmark.report.rows import write_report
     from leaderboard import print_orderings, print_table
+    from leaderboard.orderings import differences_lines
 
-    report = write_report(args.out, store, sweep, variants, stages, main_name)
+    report = write_report(args.out, store, sweep, trainings, main_name)
     print()
     print_table(report.ranking, report.notes)
     for sentence in report.sentences:
@@ -545,6 +580,9 @@ def _report(
     if report.orderings:
         print()
         print_orderings(report.orderings, sweep.answers)
+    elif report.differences:
+        print("\npaired over images" + (" and seeds:" if report.differences[0].seeds > 1 else ":"))
+        print("\n".join(f"  {line}" for line in differences_lines(report.differences)))
     if report.ranking.track == "paper":  # on another track no printed number compares with ours
         from leaderboard.formats import print_beside, print_published
         from leaderboard.published import published

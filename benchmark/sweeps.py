@@ -28,6 +28,8 @@ class SweepAxis(BaseModel):
     quick: tuple[Any, ...] = Field(min_length=1, description="What it takes with --quick; all named variants.")
     main: Any = Field(description="The value of the reference variant.")
     log: bool = Field(False, description="Whether plots space the values by their logarithm.")
+    positions: Mapping[Any, float] = Field({}, description="Value -> its place in plots, where it is no number itself.")
+    unit: str | None = Field(None, description="What the positions are, for people, e.g. minutes of data.")
 
     @model_validator(mode="before")
     @classmethod
@@ -54,6 +56,12 @@ class SweepAxis(BaseModel):
             assert self.setting is not None
             return (self.setting,)
         return tuple(dict.fromkeys(path for own in self.variants.values() for path in own))
+
+    def position(self, value: Any) -> float | None:
+        """Return where a value stands in plots; None where it is no number and has no position of its own."""
+        if value in self.positions:
+            return self.positions[value]
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def settings(self, value: Any) -> dict[str, Any]:
         """Return the dotted settings that make a variant."""
@@ -129,7 +137,12 @@ def load_sweep(name: str) -> Sweep:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {message}") from error
-    parts = {"axis.quick": sweep.axis.quick, "axis.main": (sweep.axis.main,), "published": tuple(sweep.published)}
+    parts = {
+        "axis.quick": sweep.axis.quick,
+        "axis.main": (sweep.axis.main,),
+        "axis.positions": tuple(sweep.axis.positions),
+        "published": tuple(sweep.published),
+    }
     for part, values in parts.items():
         for value in values:
             if value not in sweep.axis.values:

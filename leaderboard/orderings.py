@@ -10,7 +10,7 @@ this is what may be said across tracks, where the numbers themselves compare wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -66,6 +66,91 @@ class Ordering:
         return self.printed > 0 if CARDS[self.metric].direction == "higher" else self.printed < 0
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One variant minus the reference variant on one metric; the fields are those of :class:`Ordering`."""
+
+    variant: str
+    reference: str
+    metric: str
+    difference: float
+    ci_low: float
+    ci_high: float
+    p: float
+    q: float
+    seeds: int
+    seeds_agreeing: int
+
+    @property
+    def told(self) -> bool:
+        """Whether it is told from zero: its interval leaves zero out, q is below .05, and every seed agrees."""
+        apart = self.ci_low > 0 or self.ci_high < 0
+        return bool(self.q < ALPHA and apart and self.seeds_agreeing == self.seeds)
+
+    @property
+    def better(self) -> bool:
+        """Whether the variant is above the reference, by the metric's direction."""
+        return self.difference > 0 if CARDS[self.metric].direction == "higher" else self.difference < 0
+
+
+def differences(
+    per_image: pa.Table,
+    asked: Mapping[Key, Sequence[str] | None],
+    reference: Key,
+    *,
+    n_resamples: int = 2000,
+    n_permutations: int = 9999,
+    seed: int = 0,
+) -> list[Difference]:
+    """Return how each row stands to the reference, paired over images and, where both have several, seeds.
+
+    Args:
+        per_image: scores of all rows named, as of :func:`leaderboard.statistics.scores`; one track, any seeds.
+        asked: row -> metrics, those that both have; None asks all.
+        reference: the row that the others are held against.
+        n_resamples, n_permutations, seed: of the interval and the test.
+
+    Raises:
+        ValueError: a row is absent, or scored on other images than the reference.
+    """
+    by_seed = {
+        s: per_image.filter(pc.equal(per_image["seed"], s)) for s in sorted(pc.unique(per_image["seed"]).to_pylist())
+    }
+    found: list[tuple[Key, Comparison, list[float]]] = []
+    for key, wanted in asked.items():
+        metrics = [m for m in wanted or CARDS if _have(per_image, (key, reference), m)]
+        if not metrics:
+            continue
+        options: dict[str, Any] = {"metrics": metrics, "n_permutations": n_permutations}
+        whole = compare(per_image, key, reference, n_resamples=n_resamples, seed=seed, **options)
+        by_training: dict[str, list[float]] = {m: [] for m in metrics}
+        if (trainings := _trainings(by_seed, key, reference, metrics)) is not None:
+            a, b, paired = trainings
+            low, high, p = seeds_test(a, b, paired=paired, n_resamples=n_resamples, seed=seed)
+            for k, m in enumerate(metrics):
+                larger_p = max(whole[m].p, float(p[k]))
+                whole[m] = replace(whole[m], ci_low=float(low[k]), ci_high=float(high[k]), p=larger_p)
+                if paired:
+                    by_training[m] = np.nanmean(a[:, k] - b[:, k], axis=(-2, -1)).tolist()
+        found += [(key, whole[m], by_training[m]) for m in metrics]
+    q = _adjusted([ours.p for _, ours, _ in found])
+    return [
+        Difference(
+            variant=key[1],
+            reference=reference[1],
+            metric=ours.metric,
+            difference=ours.difference,
+            ci_low=ours.ci_low,
+            ci_high=ours.ci_high,
+            p=ours.p,
+            q=float(adjusted),
+            seeds=max(1, len(each)),
+            seeds_agreeing=sum(bool(np.sign(v) == np.sign(ours.difference)) for v in each) if each else 1,
+        )
+        for (key, ours, each), adjusted in zip(found, q, strict=True)
+    ]
+
+
 def orderings(
     per_image: pa.Table,
     rows: Mapping[Key, PublishedRow],
@@ -78,7 +163,7 @@ def orderings(
     """Return how each row stands to the reference here, beside how the paper has it.
 
     Args:
-        per_image: scores of all rows named, as of :func:`leaderboard.statistics.scores`; one track, any seeds.
+        per_image: as of :func:`differences`.
         rows: our row -> the published row that it answers to.
         reference: our reference row and its published one.
         n_resamples, n_permutations, seed: of the interval and the test.
@@ -90,58 +175,27 @@ def orderings(
         ValueError: a row is absent, or scored on other images than the reference.
     """
     own, own_printed = reference
-    by_seed = {
-        s: per_image.filter(pc.equal(per_image["seed"], s)) for s in sorted(pc.unique(per_image["seed"]).to_pylist())
-    }
-    found: list[tuple[Key, str, Comparison, list[float]]] = []
-    for key, row in rows.items():
-        metrics = [
-            m for m in CARDS if m in row.metrics and m in own_printed.metrics and _have(per_image, (key, own), m)
-        ]
-        if not metrics:
-            continue
-        whole = compare(
-            per_image, key, own, metrics=metrics, n_resamples=n_resamples, n_permutations=n_permutations, seed=seed
-        )
-        by_training: dict[str, list[float]] = {m: [] for m in metrics}
-        if (trainings := _trainings(by_seed, key, own, metrics)) is not None:
-            a, b, paired = trainings
-            low, high, p = seeds_test(a, b, paired=paired, n_resamples=n_resamples, seed=seed)
-            for k, m in enumerate(metrics):
-                larger_p = max(whole[m].p, float(p[k]))
-                whole[m] = replace(whole[m], ci_low=float(low[k]), ci_high=float(high[k]), p=larger_p)
-                if paired:
-                    by_training[m] = np.nanmean(a[:, k] - b[:, k], axis=(-2, -1)).tolist()
-        found += [(key, m, whole[m], by_training[m]) for m in metrics]
-    q = _adjusted([comparison.p for _, _, comparison, _ in found])
+    asked = {key: [m for m in CARDS if m in row.metrics and m in own_printed.metrics] for key, row in rows.items()}
+    found = differences(
+        per_image,
+        {key: metrics for key, metrics in asked.items() if metrics},
+        own,
+        n_resamples=n_resamples,
+        n_permutations=n_permutations,
+        seed=seed,
+    )
+    by_variant = {key[1]: row for key, row in rows.items()}
     result = []
-    for (key, metric, ours, each), adjusted in zip(found, q, strict=True):
-        printed = rows[key].metrics[metric] - own_printed.metrics[metric]
-        agreeing = sum(np.sign(value) == np.sign(ours.difference) for value in each)
-        told = adjusted < ALPHA and (ours.ci_low > 0 or ours.ci_high < 0) and agreeing == len(each)
+    for ours in found:
+        printed = by_variant[ours.variant].metrics[ours.metric] - own_printed.metrics[ours.metric]
         verdict: Verdict
         if abs(printed) < _ROUNDING:
             verdict = "printed equal"
-        elif not told:
+        elif not ours.told:
             verdict = "cannot be told"
         else:
             verdict = "holds" if (ours.difference > 0) == (printed > 0) else "reversed"
-        result.append(
-            Ordering(
-                variant=key[1],
-                reference=own[1],
-                metric=metric,
-                printed=printed,
-                difference=ours.difference,
-                ci_low=ours.ci_low,
-                ci_high=ours.ci_high,
-                p=ours.p,
-                q=float(adjusted),
-                seeds=max(1, len(each)),
-                seeds_agreeing=int(agreeing) if each else 1,
-                verdict=verdict,
-            )
-        )
+        result.append(Ordering(**asdict(ours), printed=printed, verdict=verdict))
     return result
 
 
@@ -181,6 +235,49 @@ def orderings_markdown(found: Sequence[Ordering]) -> str:
     lines = [f"| against {found[0].reference} | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
     lines += [f"| {variant} | " + " | ".join(own) + " |" for variant, own in rows.items()]
     return "\n".join(lines)
+
+
+DIFFERENCES = (
+    "variant minus reference (points, of percentages) with its 95 % interval, paired over images and, where there are "
+    "several, seeds. better, worse: told from zero (q < .05, and every seed agrees)."
+)
+
+
+def differences_markdown(found: Sequence[Difference]) -> str:
+    """Return the differences as a Markdown table, a row a variant, a column a metric; empty where there are none."""
+    if not found:
+        return ""
+    metrics = [m for m in CARDS if any(one.metric == m for one in found)]
+    lines = [f"| minus {found[0].reference} | " + " | ".join(f"{m} {CARDS[m].arrow}" for m in metrics) + " |"]
+    lines.append("|---|" + "---|" * len(metrics))
+    for variant in dict.fromkeys(one.variant for one in found):
+        own = {one.metric: _difference(one) for one in found if one.variant == variant}
+        lines.append(f"| {variant} | " + " | ".join(own.get(m, "") for m in metrics) + " |")
+    return "\n".join(lines)
+
+
+def differences_lines(found: Sequence[Difference]) -> list[str]:
+    """Say for each variant on which metrics it is better or worse than the reference; a line each."""
+    lines = []
+    for variant in dict.fromkeys(one.variant for one in found):
+        own = [one for one in found if one.variant == variant]
+        parts = [
+            f"{word} on {', '.join(one.metric for one in own if one.told and one.better is better)}"
+            for word, better in (("better", True), ("worse", False))
+            if any(one.told and one.better is better for one in own)
+        ]
+        if untold := sum(not one.told for one in own):
+            parts.append(f"{untold} of {len(own)} metrics cannot be told" if parts else "cannot be told on any metric")
+        lines.append(f"{variant} against {own[0].reference}: {'; '.join(parts)}")
+    return lines
+
+
+def _difference(one: Difference) -> str:
+    percent = CARDS[one.metric].percent
+    scale, digits = (100, 1) if percent else (1, 3)
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (one.difference, one.ci_low, one.ci_high))
+    told = (", better" if one.better else ", worse") if one.told else ""
+    return f"{mean} ({low} to {high}){told}"
 
 
 def print_orderings(found: Sequence[Ordering], table: str, console: Console | None = None) -> None:

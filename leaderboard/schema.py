@@ -46,7 +46,7 @@ class Interval(_Record):
 
 
 class Cost(_Record):
-    """What a row cost to make, shared stages included; ``None`` where it was not measured."""
+    """What a row's training cost, shared stages included, a mean over its seeds; ``None``: it was not measured."""
 
     gpu_hours: _NonNegative | None = None
     wall_s: _NonNegative | None = None
@@ -60,7 +60,7 @@ class Manifest(_Record):
     git: str | None = Field(default=None, description="commit of the code, with '+dirty' where files had changed")
     packages: dict[str, str] = Field(default_factory=dict, description="package name -> version")
     hardware: dict[str, str] = Field(default_factory=dict, description="what -> name, e.g. cpu, gpu, memory")
-    seeds: dict[str, int] = Field(default_factory=dict, description="role -> seed, e.g. data, training, generation")
+    seeds: dict[str, int] = Field(default_factory=dict, description="role -> seed of the first training, e.g. variant")
     data: dict[str, str] = Field(default_factory=dict, description="name of a data file or tree -> SHA-256")
     weights: dict[str, str] = Field(default_factory=dict, description="name of a frozen network -> SHA-256")
 
@@ -75,7 +75,7 @@ class Row(_Record):
     protocol: Annotated[str, Field(min_length=1, description="name of the scoring protocol")]
     protocol_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
     subjects: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="as in NSD, from 1")]
-    seeds: tuple[int, ...] = ()
+    seeds: Annotated[tuple[int, ...], Field(description="of the trainings that the row is over")] = ()
     n_images: Annotated[int, Field(ge=1, description="test images a subject")]
     metrics: dict[str, Interval]
     cost: Cost = Cost()

@@ -85,6 +85,7 @@ class Gallery:
         subject: from 1.
         image_id: as in the per-image scores.
         seen: PNG file; so are ``lowlevel``, ``semantic`` and ``combined``.
+        shown: which of these stands for the variant.
         pixcorr: PixCorr of "lowlevel", "semantic" or "combined". Where "combined" is not given, it is looked up in the
             per-image scores.
     """
@@ -96,6 +97,7 @@ class Gallery:
     lowlevel: Path
     semantic: Path
     combined: Path
+    shown: str = "combined"
     pixcorr: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -175,7 +175,7 @@ def _kept(result: Kept, path: Path, option: str) -> Source:
     row = result.row
     stage = _stage_of(result, path)
     table = result.per_image()
-    if table is None and stage is not None and row.kind == "method":
+    if table is None and stage is not None and row.kind == "method" and len(row.seeds) < 2:
         table = _own(_parquet(stage / _SCORES), _COMBINED, stage / _SCORES)
     if table is None:
         raise UserError(

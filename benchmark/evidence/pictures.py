@@ -17,7 +17,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from benchmark import networks
@@ -26,6 +25,7 @@ from benchmark.data.scenes import render_scenes
 from benchmark.demo_generator.train import RESERVED_SEED
 from benchmark.errors import UserError
 from benchmark.progress import Progress
+from benchmark.report.grids import TITLES, contact_sheet
 from benchmark.results import Result
 from benchmark.stages import KINDS, METHOD, image_name, seen_name
 from benchmark.stages.features import as_bytes, as_pixels
@@ -43,7 +43,6 @@ from metrics.protocols import PROTOCOLS, Protocol, Ties
 
 LATE = "CLIP"  # the slot of the late judge
 TRUE_TOKENS = "true tokens"
-TITLES = {"seen": "seen", "lowlevel": "low-level", "semantic": "semantic", "combined": "combined"}
 COMPARISONS = (  # combined image against what, on which metrics
     (("reference", "mean image"), ("PixCorr",)),
     (("reference", "shuffled"), ("PixCorr",)),
@@ -51,38 +50,7 @@ COMPARISONS = (  # combined image against what, on which metrics
     ((METHOD, "semantic"), ("PixCorr", "SSIM")),
 )
 SHOWN = 12
-_MARGIN, _LABEL, _GAP = 8, 102, 4
 _VERDICTS = {"a": "better", "b": "worse", "": "equal"}
-
-
-# --- sheets -----------------------------------------------------------------------------------------------------------
-
-
-def contact_sheet(rows: Mapping[str, np.ndarray], cell: int = 76, columns: int | None = None) -> Image.Image:
-    """Lay pictures out in labelled rows, one column an image; column k is the k-th image of every row.
-
-    Args:
-        rows: label -> n x H x W x 3 uint8, all of one n.
-        cell: side of a picture's square, in pixels; the picture leaves 4 of them free on the right and below.
-        columns: images side by side; the rows are repeated below for the rest. None shows all side by side.
-
-    Returns:
-        An RGB image, white where nothing is.
-    """
-    n = len(next(iter(rows.values())))
-    columns = min(columns or n, n)
-    blocks = [slice(start, start + columns) for start in range(0, n, columns)]
-    lines = [(label, images[block]) for block in blocks for label, images in rows.items()]
-    size = (_MARGIN + _LABEL + cell * columns + _MARGIN, _MARGIN + cell * len(lines) + _MARGIN)
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
-    for line, (label, images) in enumerate(lines):
-        top = _MARGIN + line * cell
-        draw.text((_MARGIN, top + (cell - _GAP) // 2), label, fill=(40, 40, 40), font=font, anchor="lm")
-        for column, image in enumerate(images):
-            picture = Image.fromarray(image).resize((cell - _GAP, cell - _GAP), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (_MARGIN + _LABEL + column * cell, top))
-    return sheet
 
 
 # --- pictures from true tokens ----------------------------------------------------------------------------------------

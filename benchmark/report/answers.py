@@ -7,6 +7,7 @@ before.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,17 +18,27 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from benchmark.errors import UserError
+from benchmark.report.grids import grid
 from benchmark.store import write_json, write_text
-from leaderboard.orderings import LEGEND, Ordering, orderings_markdown, summary
+from leaderboard.orderings import (
+    DIFFERENCES,
+    LEGEND,
+    Difference,
+    Ordering,
+    differences_markdown,
+    orderings_markdown,
+    summary,
+)
 from leaderboard.ranking import Ranking, rank
 from leaderboard.results import RESULTS, Result
-from leaderboard.schema import Row, row_id
+from leaderboard.schema import Row, row_id, write_atomically
 from leaderboard.site import Axis, Chapter, Gallery, build_report
 from leaderboard.statistics import scores
 from leaderboard.table import markdown
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no differences
 FOLDER, FILE = "sweeps", "answer.json"
+GRIDS = "grids"
 _IMAGES = ("seen", "lowlevel", "semantic", "combined")
 
 
@@ -42,6 +53,7 @@ class Answer:
         notes: metric -> what stands in for its network.
         sentences: findings in words.
         orderings: of the published table.
+        differences: of every variant from the main one.
         axis: what was varied, where it is a number.
         galleries: seen and reconstructed images.
     """
@@ -54,6 +66,7 @@ class Answer:
     notes: dict[str, str] = field(default_factory=dict)
     sentences: tuple[str, ...] = ()
     orderings: tuple[Ordering, ...] = ()
+    differences: tuple[Difference, ...] = ()
     axis: Axis | None = None
     galleries: tuple[Gallery, ...] = ()
 
@@ -67,6 +80,7 @@ class Answer:
             "sentences": list(self.sentences),
             "rows": [row.model_dump(mode="json") for row in self.rows],
             "orderings": [asdict(one) for one in self.orderings],
+            "differences": [asdict(one) for one in self.differences],
             "axis": None if self.axis is None else {**asdict(self.axis), "values": dict(self.axis.values)},
             "galleries": [_relative(one, out) for one in self.galleries],
         }
@@ -89,6 +103,7 @@ class Answer:
             return cls(
                 rows=tuple(Row.model_validate(row) for row in data.pop("rows")),
                 orderings=tuple(Ordering(**one) for one in data.pop("orderings")),
+                differences=tuple(Difference(**one) for one in data.pop("differences", ())),
                 sentences=tuple(data.pop("sentences")),
                 axis=Axis(**axis) if (axis := data.pop("axis")) else None,
                 galleries=tuple(one for one in galleries if all(getattr(one, name).is_file() for name in _IMAGES)),
@@ -125,7 +140,7 @@ def read_answers(out: Path) -> list[Answer]:
 
 
 def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Path]:
-    """Write ``index.html`` (with ``images/``) and ``report.md`` of these answers into ``to``; return their paths."""
+    """Write ``index.html`` (with ``images/``) and ``report.md`` (with ``grids/``) into ``to``; return their paths."""
     chapters, parts = [], []
     for answer in answers:
         table = answer.per_image(out)
@@ -144,7 +159,7 @@ def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Pa
                 answer.table,
             )
         )
-        parts.append(_markdown(answer, ranking))
+        parts.append(_markdown(answer, ranking, _write_grid(answer, to)))
     title = "What the sweeps found"
     about = _about(answers)
     to.mkdir(parents=True, exist_ok=True)
@@ -167,7 +182,22 @@ def _about(answers: Sequence[Answer]) -> str:
     )
 
 
-def _markdown(answer: Answer, ranking: Ranking) -> str:
+def _write_grid(answer: Answer, to: Path) -> str:
+    """Write what the variants make of the first test images; return the file's path within ``to``, or nothing."""
+    try:
+        picture = grid(answer.galleries)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if picture is None:
+        return ""
+    file = to / GRIDS / f"{answer.sweep}.png"
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    write_atomically(file, buffer.getvalue())
+    return f"{GRIDS}/{file.name}"
+
+
+def _markdown(answer: Answer, ranking: Ranking, grid_file: str) -> str:
     lines = [f"## {answer.title}", "", answer.question.strip(), ""]
     if answer.orderings:
         lines += [
@@ -176,7 +206,12 @@ def _markdown(answer: Answer, ranking: Ranking) -> str:
             orderings_markdown(answer.orderings),
         ]
         lines += ["", LEGEND[:1].upper() + LEGEND[1:], ""]
-    lines += [markdown(ranking, answer.notes), *(f"{sentence}\n" for sentence in answer.sentences)]
+    lines += [markdown(ranking, answer.notes)]
+    if answer.differences:
+        lines += [differences_markdown(answer.differences), "", DIFFERENCES[:1].upper() + DIFFERENCES[1:], ""]
+    lines += [*(f"{sentence}\n" for sentence in answer.sentences)]
+    if grid_file:
+        lines += [f"![{answer.title}: the first test images as seen, and as reconstructed]({grid_file})", ""]
     return "\n".join(lines)
 
 
@@ -191,6 +226,7 @@ def _relative(one: Gallery, out: Path) -> dict[str, Any]:
         "variant": one.variant,
         "subject": one.subject,
         "image_id": one.image_id,
+        "shown": one.shown,
         "pixcorr": dict(one.pixcorr),
     } | images
 

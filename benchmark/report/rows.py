@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from benchmark.config import Variant
 from benchmark.graph import Stage
 from benchmark.official import PREFIX, credit
 from benchmark.report.answers import Answer
-from benchmark.stages import METHOD, VariantStages, image_name, seen_name
+from benchmark.stages import KINDS, METHOD, VariantStages, image_name, seen_name
 from benchmark.store import MANIFEST, Store, read_json
 from benchmark.sweeps import Sweep
 from leaderboard import (
@@ -31,9 +31,10 @@ from leaderboard import (
     compare,
     summarise,
 )
-from leaderboard.orderings import orderings
+from leaderboard.orderings import Difference, differences, orderings
 from leaderboard.published import published
 from leaderboard.results import RESULTS, write_result
+from leaderboard.statistics import Key
 from metrics.protocols import PROTOCOLS, Protocol
 
 GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
@@ -49,15 +50,19 @@ class Report:
     sentences: tuple[str, ...]
     page: Path
     orderings: tuple[Ordering, ...] = ()  # of the published table that the sweep answers
+    differences: tuple[Difference, ...] = ()  # of every variant from the main one
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a variant: its settings, seed included, and its finished stages."""
+
+    variant: Variant
+    stages: VariantStages
 
 
 def write_report(
-    out: Path,
-    store: Store,
-    sweep: Sweep,
-    variants: Mapping[str, Variant],
-    stages: Mapping[str, VariantStages],
-    main: str,
+    out: Path, store: Store, sweep: Sweep, trainings: Mapping[str, Sequence[Training]], main: str
 ) -> Report:
     """Write the leaderboard of a finished sweep.
 
@@ -65,15 +70,21 @@ def write_report(
         out: folder of the run; the leaderboard goes to ``out/leaderboard``.
         store: where the stages' results are.
         sweep: what was swept.
-        variants: variant name -> settings, of those that finished.
-        stages: variant name -> stages, likewise.
+        trainings: variant name -> its trainings, one a seed, of those that finished. A row is over all of them; its
+            images are the first one's.
         main: the variant whose branches and shuffled images stand in the table.
     """
+    variants = {name: own[0].variant for name, own in trainings.items()}
+    stages = {name: own[0].stages for name, own in trainings.items()}
     about = read_json(store.folder(stages[main].score) / "protocol.json")
     protocol = PROTOCOLS[about["protocol"]]
     credited = {name: credit(own) for name, own in stages.items()}
     keys = {name: (_place(variants[name])[0] + credited[name][0], name) for name in stages}
-    tables = [_scores(store, s.score, {variants[name].score.images: keys[name]}) for name, s in stages.items()]
+    tables = [
+        _scores(store, one.stages.score, {variants[name].score.images: keys[name]})
+        for name, own in trainings.items()
+        for one in own
+    ]
     # Where a variant is a branch of the main one, it is that branch's row.
     alone = {
         variants[name].score.images: keys[name]
@@ -81,9 +92,9 @@ def write_report(
         if own.reconstruct.fingerprint == stages[main].reconstruct.fingerprint
     }
     branch_names = {kind: (keys[main][0], f"{main}, {title}") for kind, title in BRANCHES.items() if kind not in alone}
-    tables += [_scores(store, stages[main].score, branch_names)] if branch_names else []
+    tables += [_scores(store, one.stages.score, branch_names) for one in trainings[main]] if branch_names else []
     reference_names = {"mean image": ("reference", "mean image"), "shuffled": ("reference", "shuffled")}
-    tables.append(_scores(store, stages[main].references, reference_names))
+    tables += [_scores(store, one.stages.references, reference_names) for one in trainings[main]]
     per_image = pa.concat_tables(tables)
     intervals = summarise(per_image)
     common: dict[str, Any] = {
@@ -91,20 +102,21 @@ def write_report(
         "protocol": protocol.name,
         "protocol_hash": about["protocol_hash"],
         "subjects": tuple(about["subjects"]),
-        "seeds": (variants[main].seed,),
         "n_images": about["n_images"],
     }
+    seeds = {name: tuple(one.variant.seed for one in own) for name, own in trainings.items()}
     rows = []
-    for name, own in stages.items():
-        folder = store.folder(own.score)
+    for name, own in trainings.items():
+        folder = store.folder(stages[name].score)
         rows.append(
             Row(
                 method=keys[name][0],
                 variant=name,
                 kind=_place(variants[name])[1],
                 metrics=intervals[keys[name]],
-                cost=_cost(store, own),
-                manifest=_manifest(store, own, variants[name]),
+                seeds=seeds[name],
+                cost=_cost(store, [one.stages for one in own]),
+                manifest=_manifest(store, own[0]),
                 source=_relative(folder, out),
                 notes=credited[name][1],
                 **common,
@@ -118,6 +130,7 @@ def write_report(
                 variant=variant,
                 kind="branch",
                 metrics=intervals[method, variant],
+                seeds=seeds[main],
                 source=source,
                 **common,
             )
@@ -130,6 +143,7 @@ def write_report(
                 variant=variant,
                 kind="reference",
                 metrics=intervals[method, variant],
+                seeds=seeds[main],
                 source=source,
                 **common,
             )
@@ -140,6 +154,7 @@ def write_report(
             variant="chance",
             kind="reference",
             metrics=_chance(protocol, about["n_images"]),
+            seeds=seeds[main],
             source="by arithmetic",
             **common,
         )
@@ -150,12 +165,14 @@ def write_report(
         write_result(folder / RESULTS, row, per_image if row.key in scored else None)
     notes = {key: protocol.describe(key) for key in protocol.slots}
     first: dict[str, str] = {}  # whose images these are: the same images are shown once
-    for name, own in stages.items():
-        first.setdefault(own.reconstruct.fingerprint, name)
-    galleries = [g for name in first.values() for g in _galleries(store, stages[name], name)]
-    axis = Axis(
-        sweep.axis.name, {sweep.variant(v): float(v) for v in sweep.axis.values if _is_number(v)}, log=sweep.axis.log
-    )
+    for name, finished in stages.items():
+        first.setdefault(finished.reconstruct.fingerprint, name)
+    galleries = [
+        g for name in first.values() for g in _galleries(store, stages[name], name, variants[name].score.images)
+    ]
+    places = {sweep.variant(value): sweep.axis.position(value) for value in sweep.axis.values}
+    known = {name: place for name, place in places.items() if place is not None}
+    axis = Axis(sweep.axis.unit or sweep.axis.name, known, log=sweep.axis.log)
     ranking = build(
         folder,
         rows,
@@ -169,6 +186,8 @@ def write_report(
     lowlevel = alone["lowlevel"] if "lowlevel" in alone else branch_names["lowlevel"]
     sentences = _sentences(per_image, lowlevel)
     found = _orderings(per_image, sweep, keys, main)
+    others: dict[Key, None] = dict.fromkeys(key for key in keys.values() if key != keys[main])
+    apart = tuple(differences(per_image, others, keys[main]))
     Answer(
         sweep=sweep.name,
         title=sweep.title,
@@ -178,10 +197,11 @@ def write_report(
         notes=notes,
         sentences=sentences,
         orderings=found,
+        differences=apart,
         axis=axis if axis.values else None,
         galleries=tuple(galleries),
     ).save(out)
-    return Report(ranking, notes, sentences, folder / "index.html", found)
+    return Report(ranking, notes, sentences, folder / "index.html", found, apart)
 
 
 def _orderings(
@@ -232,7 +252,18 @@ def _chance(protocol: Protocol, n_images: int) -> dict[str, Any]:
     return {key: {"mean": values[slot.measure]} for key, slot in protocol.slots.items() if slot.measure in values}
 
 
-def _cost(store: Store, stages: VariantStages) -> Cost:
+def _cost(store: Store, trainings: Sequence[VariantStages]) -> Cost:
+    """Return what one training cost, shared stages included; of several their mean, and the largest peak."""
+    each = [_cost_of_one(store, own) for own in trainings]
+    return Cost(
+        gpu_hours=float(np.mean([cost["gpu_hours"] for cost in each])),
+        wall_s=float(np.mean([cost["wall_s"] for cost in each])),
+        peak_memory_bytes=max(int(cost["peak_memory_bytes"]) for cost in each),
+        parameters=int(each[0]["parameters"]),
+    )
+
+
+def _cost_of_one(store: Store, stages: VariantStages) -> dict[str, float]:
     statuses = [store.status(stage) for stage in stages.chain]
     wall = sum(status.get("wall_s", 0.0) for status in statuses)
     on_gpu = sum(
@@ -246,15 +277,13 @@ def _cost(store: Store, stages: VariantStages) -> Cost:
         for status, stage in zip(statuses, stages.chain, strict=True)
         if stage.name.removeprefix(PREFIX) in parts
     ]
-    return Cost(
-        gpu_hours=on_gpu / 3600,
-        wall_s=wall,
-        peak_memory_bytes=max(status.get("peak_memory_bytes", 0) for status in statuses),
-        parameters=sum(trained),
-    )
+    peak = max(status.get("peak_memory_bytes", 0) for status in statuses)
+    return {"gpu_hours": on_gpu / 3600, "wall_s": wall, "peak_memory_bytes": peak, "parameters": sum(trained)}
 
 
-def _manifest(store: Store, stages: VariantStages, variant: Variant) -> Manifest:
+def _manifest(store: Store, training: Training) -> Manifest:
+    """Return what a training was made from; those of a row differ in nothing but the variant's seed."""
+    stages, variant = training.stages, training.variant
     made = read_json(store.folder(stages.score) / MANIFEST)
     git = made.get("git")
     seeds = {"variant": variant.seed, "validation split": variant.data.validation_seed}
@@ -274,7 +303,7 @@ def _manifest(store: Store, stages: VariantStages, variant: Variant) -> Manifest
     )
 
 
-def _galleries(store: Store, stages: VariantStages, name: str) -> list[Gallery]:
+def _galleries(store: Store, stages: VariantStages, name: str, scored: str) -> list[Gallery]:
     folder = store.folder(stages.reconstruct)
     index = np.load(folder / "index.npy")
     table = pq.read_table(
@@ -296,6 +325,7 @@ def _galleries(store: Store, stages: VariantStages, name: str) -> list[Gallery]:
                 lowlevel=folder / "lowlevel" / file,
                 semantic=folder / "semantic" / file,
                 combined=folder / "combined" / file,
+                shown=scored if scored in KINDS else "combined",
                 pixcorr={kind: pixcorr[subject, image, kind] for kind in ("lowlevel", "semantic", "combined")},
             )
         )
@@ -304,7 +334,3 @@ def _galleries(store: Store, stages: VariantStages, name: str) -> list[Gallery]:
 
 def _relative(folder: Path, out: Path) -> str:
     return str(folder.relative_to(out)) if folder.is_relative_to(out) else str(folder)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

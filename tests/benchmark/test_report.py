@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmark.report.rows import Report, write_report
+from benchmark.report.answers import read_answers
+from benchmark.report.rows import Report, Training, write_report
+from benchmark.stages import variant_stages
+from benchmark.store import Store
 from benchmark.sweeps import load_sweep, sweep_names
 from benchmark.weights import generator_digest, weights_digest
 from leaderboard import Row, read_rows, summarise
@@ -31,9 +35,8 @@ def rows(tiny_run: Any) -> dict[str, Row]:
 
 
 def write(tiny_run: Any, out: Path, names: list[str]) -> Report:
-    variants = {name: tiny_run.variants[name] for name in names}
-    stages = {name: tiny_run.stages[name] for name in names}
-    return write_report(out, tiny_run.store, load_sweep("clusters"), variants, stages, "clusters=128")
+    trainings = {name: [Training(tiny_run.variants[name], tiny_run.stages[name])] for name in names}
+    return write_report(out, tiny_run.store, load_sweep("clusters"), trainings, "clusters=128")
 
 
 def test_each_variant_is_ranked_and_what_it_must_beat_stands_beside(rows: dict[str, Row]) -> None:
@@ -181,6 +184,57 @@ def test_the_low_level_image_is_compared_with_the_mean_image(tiny_run: Any, tmp_
     assert sentence.startswith(expected)
     found = re.search(r"95 % CI ([+-][\d.]+) to ([+-][\d.]+), p = ([\d.e-]+)\)", sentence)
     assert found and float(found[1]) - 1e-3 <= difference <= float(found[2]) + 1e-3 and 0 < float(found[3]) <= 1
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tiny_run: Any, sweep_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two points of the small sweep with a second seed, on top of what it has of the first."""
+    out = tmp_path_factory.mktemp("seeds")
+    shutil.copytree(tiny_run.out / "store", out / "store")
+    answer = sweep_process(*tiny_run.arguments, "--only=8,128", "--seed=0,3", "--tracker=none", "--out", out)
+    assert answer.code == 0, answer.err
+    assert "2 variants x 2 seeds" in answer.out
+    return out
+
+
+def test_a_row_is_over_all_its_seeds(two_seeds: Path, rows: dict[str, Row]) -> None:
+    both = {result.row.variant: result for result in read_results(two_seeds)}
+    assert {name for name, result in both.items() if result.row.kind == "method"} == {"clusters=8", "clusters=128"}
+    for name, result in both.items():
+        assert result.row.seeds == (0, 3) and result.id.rpartition("-")[0] == f"demo-{slug(result.row)}"
+        if name == "chance":
+            continue
+        table = result.per_image()
+        assert table is not None
+        by_seed = table.to_pandas().groupby(["metric", "seed"]).value.mean()
+        for key, interval in result.row.metrics.items():
+            assert interval.mean == pytest.approx((by_seed[key, 0] + by_seed[key, 3]) / 2)
+            assert by_seed[key, 0] == pytest.approx(rows[name].metrics[key].mean), "the first seed's are as they were"
+    images = {name: result.per_image().to_pandas().query("metric == 'PixCorr'") for name, result in both.items() if name != "chance"}  # fmt: skip
+    trained = images["clusters=8"].pivot_table(index=["subject", "image_id"], columns="seed", values="value")
+    assert (trained[0] - trained[3]).abs().max() > 1e-3, "another training"
+    mean = images["mean image"].pivot_table(index=["subject", "image_id"], columns="seed", values="value")
+    assert mean[0].tolist() == mean[3].tolist(), "which no seed changes"
+
+
+def slug(row: Row) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"{row.method} {row.variant}".lower()).strip("-")
+
+
+def test_orderings_are_asked_over_all_seeds(two_seeds: Path) -> None:
+    (answer,) = read_answers(two_seeds)
+    assert answer.orderings and {one.seeds for one in answer.orderings} == {2}
+
+
+def test_the_cost_of_several_seeds_is_that_of_one_training(
+    two_seeds: Path, tiny_run: Any, rows: dict[str, Row]
+) -> None:
+    (row,) = [result.row for result in read_results(two_seeds) if result.row.variant == "clusters=8"]
+    store = Store(two_seeds / "store")
+    second = variant_stages(tiny_run.variants["clusters=8"].with_settings({"seed": 3}), "clusters=8")
+    wall = sum(store.status(stage)["wall_s"] for stage in second.chain)
+    assert row.cost.wall_s == pytest.approx((wall + (rows["clusters=8"].cost.wall_s or 0)) / 2)
+    assert row.cost.parameters == rows["clusters=8"].cost.parameters
 
 
 def test_notes_name_what_stands_in_for_each_network(tiny_run: Any, tmp_path: Path) -> None:

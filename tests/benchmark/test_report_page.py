@@ -15,6 +15,7 @@ from PIL import Image
 from benchmark.errors import UserError
 from benchmark.report import __main__ as command
 from benchmark.report.answers import Answer, read_answers, write_page
+from benchmark.report.grids import grid
 from leaderboard.orderings import Ordering
 from leaderboard.results import write_result
 from leaderboard.schema import Row
@@ -119,6 +120,37 @@ def test_the_page_has_a_chapter_a_sweep_with_table_curves_orderings_and_images(o
     assert "No number compares with a published one" in lines
 
 
+def test_a_grid_shows_what_each_variant_makes_of_the_same_images(out: Path) -> None:
+    _, text = write_page(out, out / "report", read_answers(out))
+    for sweep, variants in (("clusters", 2), ("external", 3)):
+        assert f"(grids/{sweep}.png)" in text.read_text()
+        with Image.open(out / "report" / "grids" / f"{sweep}.png") as sheet:
+            pixels = np.asarray(sheet)
+        rows = 1 + variants  # as seen, then a row a variant
+        height = (pixels.shape[0] - 16) // rows
+        assert height == 76
+        middles = [pixels[8 + height * k + height // 2, -8 - height + 30].tolist() for k in range(rows)]
+        assert middles == [[0, 0, 0], *([60 + 60 * k] * 3 for k in range(variants))], "combined images, in order"
+
+
+def test_a_grid_shows_the_images_that_a_variant_stands_for_and_only_images_that_all_have(tmp_path: Path) -> None:
+    def one(variant: str, image: int, subject: int = 1, shown: str = "lowlevel") -> Gallery:
+        files = {}
+        for k, name in enumerate(("seen", "lowlevel", "semantic", "combined")):
+            files[name] = tmp_path / f"{variant}-{subject}-{image}-{name}.png"
+            Image.fromarray(np.full((8, 8, 3), 10 * image + k, np.uint8)).save(files[name])
+        return Gallery(variant, subject, image, shown=shown, **files)
+
+    galleries = [one("a", 1), one("a", 2), one("a", 3), one("b", 3), one("b", 2), one("b", 2, subject=2)]
+    sheet = np.asarray(grid(galleries))
+    assert sheet.shape[0] == 16 + 3 * 76, "seen, a, b"
+    first, second = (sheet[[8 + 76 * k + 30 for k in range(3)], -8 - 76 * j + 30, 0].tolist() for j in (2, 1))
+    assert (first, second) == ([20, 21, 21], [30, 31, 31]), "images 2 and 3, their low-level images"
+    branches = np.asarray(grid([one("a", 1)]))
+    assert branches[[8 + 76 * k + 30 for k in range(4)], -50, 0].tolist() == [10, 11, 12, 13], "all branches of one"
+    assert grid([]) is None and grid([one("a", 1), one("b", 2)]) is None
+
+
 def test_ranks_know_their_uncertainty_from_the_scores_beside_the_rows(out: Path) -> None:
     answer = read_answers(out)[0]
     table = answer.per_image(out)
@@ -136,10 +168,22 @@ def test_images_that_are_gone_leave_the_rest_of_the_page(out: Path) -> None:
     write_page(out, out / "report", answers)
 
 
+def test_an_answer_of_the_first_schema_is_read(out: Path) -> None:
+    file = out / "sweeps" / "clusters" / "answer.json"
+    data = json.loads(file.read_text())
+    del data["differences"]
+    for one in data["galleries"]:
+        del one["shown"]
+    file.write_text(json.dumps({**data, "schema_version": 1}))
+    old = read_answers(out)[0]
+    assert old.differences == () and {one.shown for one in old.galleries} == {"combined"}
+    assert len(old.orderings) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema_version": 99}, "schema version 99; this release reads up to 1"),
+        ({"schema_version": 99}, "schema version 99; this release reads up to 2"),
         ({"rows": [{"method": "x"}]}, "not a sweep's answer"),
         ({"galleries": [{"seen": 3}]}, "not a sweep's answer"),
         ({"surprise": 1}, "not a sweep's answer"),

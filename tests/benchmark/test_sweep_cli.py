@@ -61,8 +61,10 @@ SLIPS = [
     (["clusters", "--launcher", "slrum"], "unknown --launcher 'slrum' (did you mean 'slurm'?)"),
     ([], "the following arguments are required: NAME; see python -m benchmark.sweep --help"),
     (["clusters", "extra"], "unexpected argument 'extra'; see python -m benchmark.sweep --help"),
-    (["clusters", "--seed", "one"], "argument --seed: invalid int value: 'one'; see python -m benchmark.sweep --help"),
-    (["clusters", "--seed", "-1"], "setting seed: Input should be greater than or equal to 0 (given -1)"),
+    (["clusters", "--seed", "one"], "argument --seed: expected whole numbers from 0, each once, e.g. 0,1,2, not 'one'; see python -m benchmark.sweep --help"),
+    (["clusters", "--seed", "-1"], "argument --seed: expected whole numbers from 0, each once, e.g. 0,1,2, not '-1'; see python -m benchmark.sweep --help"),
+    (["clusters", "--seed", "0,1,0"], "argument --seed: expected whole numbers from 0, each once, e.g. 0,1,2, not '0,1,0'; see python -m benchmark.sweep --help"),
+    (["seeds", "--seed", "0,1"], "--set seed: sweep seeds varies seed itself; leave it out"),
     (["clusters", "--threads", "0"], "--threads 0: expected 1 or more"),
     (["clusters", "--only", "128,100"], "--only 100: sweep clusters has 8, 16, 32, 64, 128, 256, 512"),
     (["clusters", "--parallel", "0", "--launcher", "local"], "parallel is 0, expected 1 or more"),
@@ -124,6 +126,16 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing(sweep_here: Run, tmp_pa
     assert [line.split()[1] for line in lines[:4]] == ["simulate", "prepare", "targets", "encoder"]
 
 
+def test_several_seeds_share_what_no_seed_touches(sweep_here: Run, tmp_path: Path) -> None:
+    answer = sweep_here("clusters", "--seed", "0,1", "--only", "64,128", "--dry-run", "--out", tmp_path / "runs")
+    first, *lines = answer.out.splitlines()
+    # Simulate, prepare, targets once; encoder and external a seed; six stages a training; references of the main one.
+    assert first.startswith(f"sweep clusters (demo): 2 variants x 2 seeds, {3 + 2 * 2 + 2 * 2 * 6 + 2} stages")
+    for stage, count in {"prepare": 1, "targets": 1, "encoder": 2, "lowlevel": 4, "score": 4, "references": 2}.items():
+        assert sum(line.split()[1] == stage for line in lines) == count
+    assert sum("[clusters=64 (seed 1)]" in line for line in lines) == 6
+
+
 def test_a_dry_run_says_what_is_cached_and_what_changed(sweep_here: Run, tiny_run: Any) -> None:
     before = files(tiny_run.out / "store")
     same = sweep_here(*tiny_run.arguments, "--out", tiny_run.out, "--dry-run")
@@ -177,7 +189,7 @@ def test_settings_of_the_user_win_over_those_of_the_sweep(
     from benchmark.running import resolve_variants
 
     def guidance(*pairs: str) -> float:
-        args = Namespace(quick=True, preset="demo", seed=4, set=list(pairs))
+        args = Namespace(quick=True, preset="demo", seed=[4], set=list(pairs))
         (variant,) = resolve_variants(sweeps.load_sweep("wide"), args).values()
         assert variant.seed == 4 and variant.clustering.n_clusters == 8 and variant.generation.test_images == 12
         return variant.generation.guidance

@@ -75,6 +75,18 @@ NAMED: dict[str, Any] = {
 }
 
 
+def test_values_that_are_no_numbers_may_have_places_in_plots(folder: Path) -> None:
+    named = {"name": "amount", "setting": "transfer.amount", "values": ["1h", "15min"], "quick": ["1h"], "main": "1h"}
+    write(folder, axis={**named, "positions": {"1h": 60}, "unit": "minutes of data"})
+    axis = load_sweep("width").axis
+    assert (axis.position("1h"), axis.position("15min"), axis.unit) == (60.0, None, "minutes of data")
+    write(folder)
+    assert load_sweep("width").axis.position(16) == 16.0
+    write(folder, axis={**named, "positions": {"2h": 120}})
+    with pytest.raises(UserError, match=r"axis.positions has '2h', which is not among axis.values"):
+        load_sweep("width")
+
+
 def test_an_axis_may_name_sets_of_settings(folder: Path) -> None:
     write(folder, axis=NAMED)
     sweep = load_sweep("width")

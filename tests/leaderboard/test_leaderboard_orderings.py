@@ -6,7 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from leaderboard.orderings import Ordering, orderings, orderings_markdown, print_orderings
+from leaderboard.orderings import (
+    Difference,
+    Ordering,
+    differences,
+    differences_lines,
+    differences_markdown,
+    orderings,
+    orderings_markdown,
+    print_orderings,
+)
 from leaderboard.published import PublishedRow, published
 from leaderboard.statistics import seeds_test
 
@@ -128,3 +137,36 @@ def test_the_printed_table_counts_what_holds(capsys: pytest.CaptureFixture[str])
     assert "against clusters=128" in text and "clusters=8" in text and "?: cannot be told at this size" in text
     print_orderings([], "Table T3")
     assert not capsys.readouterr().out
+
+
+# --- differences, printed anywhere or not -----------------------------------------------------------------------------
+
+
+def apart(shifts: dict[str, list[float]]) -> list[Difference]:
+    others: dict[tuple[str, str], None] = dict.fromkeys(("Brain-IT", v) for v in shifts if v != "clusters=128")
+    return differences(table(shifts), others, MAIN)
+
+
+def test_differences_are_those_of_the_means_and_told_by_direction() -> None:
+    found = apart({"clusters=128": [0.0], "clusters=8": [-0.1], "clusters=16": [0.0]})
+    assert [(one.variant, one.metric) for one in found] == [
+        (v, m) for v in ("clusters=8", "clusters=16") for m in ("PixCorr", "Eff")
+    ]
+    pixcorr, eff, *level = found
+    assert pixcorr.difference == pytest.approx(-0.1, abs=0.02) and pixcorr.ci_low < -0.1 < pixcorr.ci_high
+    assert (pixcorr.told, pixcorr.better) == (True, False)
+    assert (eff.told, eff.better) == (True, True), "of Eff, less is better"
+    assert not any(one.told for one in level)
+
+
+def test_differences_are_said_in_a_table_and_in_words() -> None:
+    found = apart({"clusters=128": [0.0], "clusters=8": [-0.1], "clusters=16": [0.0]})
+    lines = differences_markdown(found).splitlines()
+    assert lines[0] == "| minus clusters=128 | PixCorr ↑ | Eff ↓ |" and len(lines) == 4
+    assert lines[2].startswith("| clusters=8 | -0.") and lines[2].count("better") == lines[2].count("worse") == 1
+    assert "better" not in lines[3] and "worse" not in lines[3]
+    assert differences_lines(found) == [
+        "clusters=8 against clusters=128: better on Eff; worse on PixCorr",
+        "clusters=16 against clusters=128: cannot be told on any metric",
+    ]
+    assert differences_markdown([]) == "" and differences_lines([]) == []
