@@ -50,7 +50,7 @@ def as_json(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str
 def as_csv(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
     """Return one line a row, metrics as fractions with their bounds; empty cells where there is no value."""
     head = ["id", "kind", "track", "protocol", "protocol_hash", "method", "variant", "data", "subjects", "n_images"]
-    head += ["rank", "rank_low", "rank_high", "mean_rank"]
+    head += ["place", "tied", "rank", "rank_low", "rank_high", "mean_rank"]
     head += [column for key in CARDS for column in (key, f"{key} low", f"{key} high")] + ["source"]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, head, lineterminator="\n", restval="")
@@ -95,7 +95,7 @@ def as_csv(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
 
 
 def as_latex(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
-    """Return tables for a paper (package ``booktabs``): best of each column in bold, intervals small below."""
+    """Return tables for a paper (package ``booktabs``): best of each column in bold, 95 % intervals small beside."""
     tables = [_latex_ranking(ranking) for ranking in rankings]
     tables += [_latex_published(protocol, rows) for protocol, rows in _by_protocol(printed)]
     return "% \\usepackage{booktabs}\n" + "\n".join(tables)
@@ -112,10 +112,13 @@ def _latex_ranking(ranking: Ranking) -> str:
             cells = []
             for key in ranking.metrics:
                 value = row.metrics.get(key)
-                shown = "--" if value is None else _escaped(format_value(key, value.mean))
-                cells.append(rf"\textbf{{{shown}}}" if value is not None and row.key in best[key] else shown)
-            rank = "" if entry.rank is None else str(entry.rank)
-            lines.append(f"{rank} & {_escaped(ranking.name(row))} & " + " & ".join(cells) + r" \\")
+                if value is None:
+                    cells.append("--")
+                    continue
+                mean, interval = _escaped(format_value(key, value.mean)), bounds(key, value).replace("–", "--")
+                shown = rf"\textbf{{{mean}}}" if row.key in best[key] else mean
+                cells.append(shown + (rf" {{\tiny {interval}}}" if interval else ""))
+            lines.append(f"{entry.shown_place} & {_escaped(ranking.name(row))} & " + " & ".join(cells) + r" \\")
     caption = f"{ranking.track} track, protocol {ranking.protocol} ({ranking.protocol_hash[:8]}). {ranking.sentence}."
     return _latex_table(["", "variant"], ranking.metrics, lines, caption)
 
@@ -303,7 +306,8 @@ def _all(ranking: Ranking) -> Iterator[Entry]:
 
 
 def _place(entry: Entry) -> dict[str, float | int | None]:
-    return {name: getattr(entry, name) for name in ("rank", "rank_low", "rank_high", "mean_rank", "p_best")}
+    names = ("place", "tied", "rank", "rank_low", "rank_high", "mean_rank", "p_best")
+    return {name: getattr(entry, name) for name in names}
 
 
 def _by_protocol(rows: Sequence[PublishedRow]) -> list[tuple[str, list[PublishedRow]]]:

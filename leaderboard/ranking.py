@@ -6,6 +6,8 @@ metrics has no overall rank and does not shift those of the others.
 
 The uncertainty of a rank comes from ranking every crossed bootstrap resample anew (see :mod:`leaderboard.statistics`):
 it says how far the order depends on the images and subjects scored, not how it would change with another training run.
+Rows whose intervals overlap are tied: a row's *place*, which tables show, counts only the rows whose whole interval
+lies before its own.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ class Entry:
     """A row of kind "method" and its place.
 
     Attributes:
-        rank: overall, from 1, ties share the smaller number; ``None`` where a metric is missing.
+        rank: overall, from 1, equal mean ranks share the smaller number; ``None`` where a metric is missing.
         mean_rank: mean over metrics of the rank on each.
         ranks: metric -> rank among the rows that have an overall rank.
         p_best: share of resamples in which the row is first (a shared first place counts in parts).
         rank_low: 2.5 percentile of the overall rank over resamples.
         rank_high: 97.5 percentile.
+        place: one more than the rows whose interval of ranks ends before this row's begins; the rank itself where there
+            are no intervals.
+        tied: whether another row has this place.
     """
 
     row: Row
@@ -44,6 +49,13 @@ class Entry:
     p_best: float | None = None
     rank_low: int | None = None
     rank_high: int | None = None
+    place: int | None = None
+    tied: bool = False
+
+    @property
+    def shown_place(self) -> str:
+        """The place as tables show it, ``2=`` where rows are tied; empty where there is none."""
+        return "" if self.place is None else f"{self.place}{'=' if self.tied else ''}"
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,7 @@ def rank(rows: Sequence[Row], per_image: Any = None, *, n_resamples: int = 2000,
                 ranks=dict(zip(needed, by_metric[index].tolist(), strict=True)),
             )
             ranked.append(entry if resampled is None else _with_uncertainty(entry, resampled, int(index)))
+    ranked = _with_ties(ranked)
     placed = {entry.row.key for entry in ranked}
     ordered = [*ranked, *(Entry(row) for row in methods if row.key not in placed)]
     ranking = Ranking(
@@ -191,6 +204,16 @@ def _with_uncertainty(entry: Entry, resampled: Floats, index: int) -> Entry:
     low, high = np.percentile(resampled[:, index], [2.5, 97.5], method="nearest")
     p_best = float((first[:, index] / first.sum(axis=1)).mean())
     return replace(entry, p_best=p_best, rank_low=int(low), rank_high=int(high))
+
+
+def _with_ties(ranked: Sequence[Entry]) -> list[Entry]:
+    def place(entry: Entry) -> int | None:
+        if entry.rank_low is None:
+            return entry.rank
+        return 1 + sum(other.rank_high is not None and other.rank_high < entry.rank_low for other in ranked)
+
+    places = [place(entry) for entry in ranked]
+    return [replace(one, place=own, tied=places.count(own) > 1) for one, own in zip(ranked, places, strict=True)]
 
 
 def _sentence(ranking: Ranking, ranked: Sequence[Entry], metrics: Sequence[str], per_image: Any, seed: int) -> str:

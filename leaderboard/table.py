@@ -17,6 +17,7 @@ PLAIN_WIDTH = 120
 """Columns of the table where no terminal says how many it has."""
 
 INTERVALS = "95 % intervals: bootstrap over subjects and images."
+TIES = "=: tied, the intervals of their ranks overlap; the order is that of the mean ranks."
 
 _LEAD_COLUMNS = 13  # rank, mean rank and the gaps beside them
 _LONGEST_NAME = 18
@@ -32,6 +33,8 @@ def sections(ranking: Ranking) -> Iterator[tuple[str, list[Entry]]]:
 def footnotes(ranking: Ranking, notes: Mapping[str, str]) -> list[str]:
     """Say what a reader must know to read the numbers: intervals, what stands in for which network, notes of rows."""
     lines = [INTERVALS]
+    if any(entry.tied for entry in ranking.entries):
+        lines.append(TIES)
     # Under CLIP-1000's name stands a number of images that differs between test sets, so it is always said.
     if "CLIP-1000" in ranking.metrics:
         counts = sorted({row.n_images for row in ranking.rows})
@@ -188,7 +191,7 @@ def _rank_cell(entry: Entry, row: Row) -> str:
     if entry.rank is None:
         return "–" if row.kind == "method" else ""
     spread = "" if entry.rank_low is None else f"\n{entry.rank_low}–{entry.rank_high}"
-    return f"{entry.rank}{spread}"
+    return f"{entry.shown_place}{spread}"
 
 
 def _cell(cell: tuple[str, str] | None, style: str) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,12 @@ def test_every_format_has_every_row(run: Path, capsys: pytest.CaptureFixture[str
     assert [line["id"] for line in lines] == [row["id"] for row in ranking["rows"]]
     assert float(lines[0]["PixCorr"]) == ranking["rows"][0]["metrics"]["PixCorr"]["mean"]
     assert lines[0]["SSIM"] == "" and lines[3]["kind"] == "reference"
-    latex = call(capsys, "show", run, "--format", "latex")[0]
+    latex, markdown = (call(capsys, "show", run, "--format", kind)[0] for kind in ("latex", "markdown"))
     assert r"\toprule" in latex and r"PixCorr $\uparrow$" in latex and latex.count(r"\\") == 5
     assert latex.count(r"\textbf{") == 2, "the best of each of two columns"
-    assert "| 1 (1–1) | a |" in call(capsys, "show", run, "--format", "markdown")[0]
+    intervals = [f"{low}--{high}" for low, high in re.findall(r"\[([^]–]+)–([^]]+)\]", markdown)]
+    assert re.findall(r"\\tiny ([^}]+)\}", latex) == intervals
+    assert "| 1 (1–1) | a |" in markdown
 
 
 def test_published_rows_stand_by_protocol_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,7 @@ def test_clear_differences_give_sure_ranks(row, table_of):
     ranking = rank(*_sweep_of_three(row, table_of, gap=0.2))
     assert _names(ranking) == ["a", "b", "c"]
     assert [(e.p_best, e.rank_low, e.rank_high) for e in ranking.entries] == [(1, 1, 1), (0, 2, 2), (0, 3, 3)]
+    assert [e.shown_place for e in ranking.entries] == ["1", "2", "3"]
     assert ranking.sentence == "best: a (mean rank 1.0; best in 100 % of resamples; separable from b on all 11 metrics)"
 
 
@@ -117,9 +118,29 @@ def test_equal_rows_give_unsure_ranks(row, table_of):
     assert sum(entry.p_best for entry in ranking.entries) == pytest.approx(1)
     assert all(entry.rank_low <= entry.rank <= entry.rank_high for entry in ranking.entries)
     assert all(entry.rank_high - entry.rank_low >= 1 for entry in ranking.entries)
+    assert [(entry.place, entry.tied) for entry in ranking.entries] == [(1, True)] * 3, "overlapping intervals are ties"
+    assert ranking.entries[0].shown_place == "1="
     assert "not separable from" in ranking.sentence
     assert rank(rows, table) == ranking
     assert rank(rows[::-1], table).entries == ranking.entries
+
+
+def test_a_row_is_tied_only_with_those_whose_intervals_meet_its_own(row, table_of):
+    rows, table = _sweep_of_three(row, table_of, gap=0.2)
+    columns = table.to_pydict()
+    rng = np.random.default_rng(3)
+    shift = {"a": 0.0, "b": 0.4, "c": 0.4}  # b and c change places from image to image, a stays ahead of both
+    for index, (metric, variant) in enumerate(zip(columns["metric"], columns["variant"], strict=True)):
+        sign = -1 if CARDS[metric].direction == "higher" else 1
+        columns["value"][index] = 0.5 + sign * shift[variant] + rng.normal(0, 0.05)
+    ranking = rank([row(v, {k: i.model_dump() for k, i in found.items()}) for (_, v), found in summarise(columns).items()], columns)  # fmt: skip
+    assert [(e.row.variant, e.shown_place) for e in ranking.entries if e.row.variant == "a"] == [("a", "1")]
+    assert sorted(e.shown_place for e in ranking.entries) == ["1", "2=", "2="]
+
+
+def test_rows_without_intervals_tie_only_where_their_mean_ranks_are_equal(row):
+    ranking = rank([row("a", {"SSIM": 0.4}), row("b", {"SSIM": 0.3}), row("c", {"SSIM": 0.3})])
+    assert [e.shown_place for e in ranking.entries] == ["1", "2=", "2="]
 
 
 def test_being_behind_on_a_metric_is_said(row, table_of):
