@@ -197,10 +197,10 @@ def _orderings(
 
 def _place(variant: Variant) -> tuple[str, Literal["method", "reference"]]:
     """Return what a variant's method is called, and whether it is ranked: what knows the test images is not."""
-    predictor = variant.semantic.predictor
-    if "oracle" in (predictor, variant.lowlevel.predictor):
+    if "oracle" in (variant.semantic.predictor, variant.lowlevel.predictor):
         return "reference", "reference"
-    return {"bit": METHOD, "mlp": "MLP", "ridge": "ridge"}[predictor], "method"
+    method = variant.semantic.method
+    return METHOD if method is None else method.title, "method"
 
 
 def _sentences(per_image: pa.Table, lowlevel: tuple[str, str]) -> tuple[str, ...]:
