@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 
 from benchmark.errors import UserError
 from methods import predictors
-from methods.predictors import Method
+from methods.predictors import VARIABLE, Method
 
 RESERVED = ("bit", "oracle")
 """What predicts tokens, too, and is no method of that folder: a BIT, and the knowledge of the true ones."""
@@ -35,6 +36,8 @@ def methods() -> Mapping[str, type[Method]]:
     Raises:
         UserError: a file cannot be read, or is not what it should be.
     """
+    if (folder := os.environ.get(VARIABLE)) and not os.path.isdir(folder):
+        raise UserError(f"{VARIABLE} is {folder}: no such folder; make it, or unset {VARIABLE}")
     found: dict[str, type[Method]] = {}
     for name in names():
         if name in found or name in RESERVED or not name.isidentifier():

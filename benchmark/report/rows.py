@@ -34,7 +34,7 @@ from leaderboard import (
 from leaderboard.orderings import orderings
 from leaderboard.published import published
 from leaderboard.results import RESULTS, write_result
-from metrics.protocols import PROTOCOLS, Protocol
+from metrics.protocols import Protocol, get_protocol
 
 GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
 BRANCHES = {"lowlevel": "low-level image alone", "semantic": "semantic image alone", "combined": "both branches"}
@@ -70,7 +70,7 @@ def write_report(
         main: the variant whose branches and shuffled images stand in the table.
     """
     about = read_json(store.folder(stages[main].score) / "protocol.json")
-    protocol = PROTOCOLS[about["protocol"]]
+    protocol = get_protocol(about["protocol"])
     credited = {name: credit(own) for name, own in stages.items()}
     keys = {name: (_place(variants[name])[0] + credited[name][0], name) for name in stages}
     tables = [_scores(store, s.score, {variants[name].score.images: keys[name]}) for name, s in stages.items()]

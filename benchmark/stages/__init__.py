@@ -24,8 +24,7 @@ from benchmark.graph import Resources, Stage
 from benchmark.predictors import methods
 from benchmark.weights import network_digests
 from methods.predictors import Method, Network
-from metrics.cards import CARDS
-from metrics.protocols import get_protocol, protocol_record
+from metrics.protocols import get_protocol, metric_versions, protocol_record
 
 METHOD = "Brain-IT"  # what the scores and the leaderboard call it
 KINDS = ("lowlevel", "semantic", "combined")  # of images, those of every variant
@@ -287,7 +286,7 @@ def variant_stages(
         "track": variant.track,
         "seed": seed,
         # What the name stands for: scores of an older form of a protocol or a metric are not taken for today's.
-        "rules": {**protocol_record(protocol), "metrics": {key: card.version for key, card in CARDS.items()}},
+        "rules": {**protocol_record(protocol), "metrics": metric_versions(protocol)},
         "random_weights": variant.score.random_weights,
     }
     judges = _judges(protocol.networks, variant.score.random_weights, absent)

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 Branch = Literal["lowlevel", "semantic"]
 
-if _folder := os.environ.get("BRAIN_IT_EXTENSIONS"):
+VARIABLE = "BRAIN_IT_EXTENSIONS"
+"""Names a folder of the user's own ``methods/`` and ``metrics/``; :mod:`metrics.added` reads it, too."""
+
+if _folder := os.environ.get(VARIABLE):
     __path__.append(os.path.abspath(os.path.join(_folder, "methods")))
 
 
