@@ -75,8 +75,8 @@ def _one_line(message: str, parser: argparse.ArgumentParser) -> str:
 def main_guard(fn: Callable[[], int | None]) -> int:
     """Call ``fn`` and return the exit code for the shell: 0 fine, 1 the run failed, 2 the call or its input is wrong.
 
-    ``UserError`` (or an unreadable metric of the user's own) and ``RunError`` become one line (or two) on stderr; Ctrl-C
-    says how to go on and gives 130. Any other exception is a defect and keeps its traceback.
+    ``UserError``, also of a metric of the user's own, and ``RunError`` become one line (or two) on stderr; Ctrl-C says
+    how to go on and gives 130. Any other exception is a defect and keeps its traceback.
     """
     try:
         return fn() or 0

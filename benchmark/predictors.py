@@ -26,7 +26,8 @@ _TAKEN |= {"width", "input_size", "layers", "windows", "sampled", "standardise",
 
 def names() -> list[str]:
     """Return the names of all methods, sorted; reads none of their files."""
-    return sorted(module.name for module in pkgutil.iter_modules(predictors.__path__))
+    # Folder by folder: of two files with one name iter_modules would tell the first only.
+    return sorted(module.name for folder in predictors.__path__ for module in pkgutil.iter_modules([folder]))
 
 
 @cache

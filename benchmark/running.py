@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.cli import Parser
+from benchmark.predictors import names
 
 if TYPE_CHECKING:
     from benchmark.config import Variant
@@ -52,7 +53,12 @@ def add_arguments(p: Parser) -> None:
         help="take the authors' weights in DIR (python -m benchmark.convert) instead of training",
     )
     p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. lowlevel.dim=64"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, e.g. lowlevel.dim=64, or semantic.predictor=NAME with what predicts instead of a BIT: "
+        f"{', '.join(names())}, oracle",
     )
     p.add_argument("--seed", type=int, help="seed of the variants (default: 0)")
     p.add_argument(

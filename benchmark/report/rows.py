@@ -148,7 +148,7 @@ def write_report(
     scored = set(intervals)
     for row in rows:
         write_result(folder / RESULTS, row, per_image if row.key in scored else None)
-    notes = {key: protocol.describe(key) for key in protocol.slots}
+    notes = {key: protocol.describe(key) for key in (*protocol.slots, *(slot.key for slot in protocol.pixels))}
     first: dict[str, str] = {}  # whose images these are: the same images are shown once
     for name, own in stages.items():
         first.setdefault(own.reconstruct.fingerprint, name)

@@ -88,8 +88,11 @@ def metrics() -> Mapping[str, Metric]:
         raise MetricFileError(f"{VARIABLE} is {folder}: no such folder; make it, or unset {VARIABLE}")
     found: dict[str, Metric] = {}
     bare = {_bare(key): "one of the eleven" for key in KEYS}
-    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
-        where, metric = _read(module.name)
+    names = sorted(module.name for folder in __path__ for module in pkgutil.iter_modules([folder]))
+    for name in names:
+        if names.count(name) > 1:
+            raise MetricFileError(f"{name}.py is in {' and in '.join(__path__)}; rename one")
+        where, metric = _read(name)
         key = metric.card.key
         if not _KEY.fullmatch(key) or not _bare(key):
             raise MetricFileError(f"{where}: key '{key}'; expected letters, digits, ( ) . and -")
