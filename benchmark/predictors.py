@@ -1,4 +1,7 @@
-"""The methods that may stand in a BIT's place, by name: what ``methods/predictors`` holds. Light to import."""
+"""The methods that may stand in a BIT's place, by name. Light to import.
+
+They are the files of ``methods/predictors``, and of ``methods/`` in the folder that ``BRAIN_IT_EXTENSIONS`` names.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from typing import Any
 
 from benchmark.errors import UserError
 from methods import predictors
-from methods.predictors import VARIABLE, Method
+from methods.predictors import Method
+from metrics.added import VARIABLE
+
+if _folder := os.environ.get(VARIABLE):
+    predictors.__path__.append(os.path.abspath(os.path.join(_folder, "methods")))
 
 RESERVED = ("bit", "oracle")
 """What predicts tokens, too, and is no method of that folder: a BIT, and the knowledge of the true ones."""

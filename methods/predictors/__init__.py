@@ -2,8 +2,7 @@
 
 ``NAME.py`` in this folder defines one class, a :class:`Predictor` or a :class:`Network`, and that is all: ``NAME`` is
 then a value of ``lowlevel.predictor`` and ``semantic.predictor``, the class's fields are settings (``semantic.NAME.k``)
-that enter the fingerprint, and its title stands in the leaderboard. The folder ``methods/`` of the folder that the
-environment variable ``BRAIN_IT_EXTENSIONS`` names is read likewise. ``docs/extending.md`` goes through an example.
+that enter the fingerprint, and its title stands in the leaderboard. ``docs/extending.md`` goes through an example.
 
 The files are read whenever a command line makes sense of settings, so what takes long to import, torch above all, is
 imported inside the functions that need it.
@@ -11,7 +10,6 @@ imported inside the functions that need it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -21,12 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Branch = Literal["lowlevel", "semantic"]
-
-VARIABLE = "BRAIN_IT_EXTENSIONS"
-"""Names a folder of the user's own ``methods/`` and ``metrics/``; :mod:`metrics.added` reads it, too."""
-
-if _folder := os.environ.get(VARIABLE):
-    __path__.append(os.path.abspath(os.path.join(_folder, "methods")))
 
 
 class UnfitError(ValueError):

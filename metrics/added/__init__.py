@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from metrics.protocols import Resize
 
 VARIABLE = "BRAIN_IT_EXTENSIONS"
-"""Names a folder of the user's own ``metrics/`` and ``methods/``."""
+"""Names a folder of the user's own ``metrics/`` (its ``methods/`` are read elsewhere)."""
 
 if _folder := os.environ.get(VARIABLE):
     __path__.append(os.path.abspath(os.path.join(_folder, "metrics")))
