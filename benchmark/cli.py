@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from benchmark.errors import RunError, UserError, did_you_mean
+from metrics.added import MetricFileError
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,12 +83,12 @@ def _one_line(message: str, parser: argparse.ArgumentParser) -> str:
 def main_guard(fn: Callable[[], int | None]) -> int:
     """Call ``fn`` and return the exit code for the shell: 0 fine, 1 the run failed, 2 the call or its input is wrong.
 
-    ``UserError`` and ``RunError`` become one line (or two) on stderr; Ctrl-C says how to go on and gives 130.
-    Any other exception is a defect and keeps its traceback.
+    ``UserError``, also of a metric of the user's own, and ``RunError`` become one line (or two) on stderr; Ctrl-C says
+    how to go on and gives 130. Any other exception is a defect and keeps its traceback.
     """
     try:
         return fn() or 0
-    except UserError as error:
+    except (UserError, MetricFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunError as error:

@@ -8,9 +8,9 @@ setting is addressed by its dotted path, such as ``clustering.n_clusters``. Sect
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,12 +19,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
 
 from benchmark.data.settings import SimulationSettings
 from benchmark.errors import UserError, did_you_mean
+from benchmark.predictors import method_name, methods
 from benchmark.training_config import (
     Constant,
     GroupConfig,
@@ -36,6 +38,7 @@ from benchmark.training_config import (
     TrainingConfig,
     WarmupPlateau,
 )
+from methods.predictors import Branch, Method
 
 
 class Settings(BaseModel):
@@ -142,19 +145,20 @@ class ClusteringConfig(Settings):
     max_iter: PositiveInt = Field(100, description="Of expectation maximisation (scikit-learn's default).")
 
 
-class MLPConfig(Settings):
-    """A multi-layer perceptron in a BIT's place: sizes and rate are MindEye's, all else is the branch's own."""
-
-    hidden: PositiveInt = Field(4096, description="Width of the space that all subjects share.")
-    blocks: PositiveInt = Field(4, description="Residual blocks.")
-    dropout: float = Field(0.15, ge=0, lt=1, description="After each activation.")
-    lr: PositiveFloat = Field(3e-4, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
-
-
 class BranchConfig(Settings):
-    """One Brain Interaction Transformer and its training (Sec. 4, App. D)."""
+    """One Brain Interaction Transformer and its training (Sec. 4, App. D), or what stands in its place.
 
+    Each method that may (:mod:`benchmark.predictors`) has its settings under its name: ``mlp.hidden``.
+    """
+
+    branch: ClassVar[Branch]
+
+    predictor: str = Field(
+        "bit",
+        description="What predicts the tokens: a BIT; a method of methods/predictors, such as a ridge regression of "
+        "each subject; or nothing: the oracle knows the test images' own tokens. Only a BIT is trained jointly. "
+        "NAME-infonce and NAME-mse are a network with either loss (Table T5).",
+    )
     dim: PositiveInt = Field(512, description="Width of embeddings and tokens.")
     depth: PositiveInt = Field(5, description="Cross-transformer blocks after the first cross-attention.")
     heads: PositiveInt = Field(8, description="Attention heads.")
@@ -185,7 +189,26 @@ class BranchConfig(Settings):
         ),
         description="AdamW 5e-4, 60 epochs, 15 of them warm-up, then plateau on the validation loss.",
     )
-    mlp: MLPConfig = MLPConfig()
+
+    @classmethod
+    def predictors(cls) -> tuple[str, ...]:
+        """Return what ``predictor`` may be."""
+        own = (name for file, method in methods().items() for name in method.names(file, cls.branch))
+        return ("bit", *own, "oracle")
+
+    @property
+    def method(self) -> Method | None:
+        """The method in the BIT's place, with its settings; None of a BIT and of an oracle."""
+        method: Method | None = getattr(self, method_name(self.predictor), None)
+        return method
+
+    @field_validator("predictor")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        known = cls.predictors()
+        if name not in known:
+            raise ValueError(f"no predictor '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}")
+        return name
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -194,14 +217,39 @@ class BranchConfig(Settings):
         return self
 
 
+_Branch = TypeVar("_Branch", bound=BranchConfig)
+
+
+def _with_methods(**changed: Mapping[str, Any]) -> Callable[[type[_Branch]], type[_Branch]]:
+    """Give a branch the settings of every method that can stand in it: a field for each, under its name.
+
+    Args:
+        changed: name of a method -> settings whose defaults are others in this branch.
+    """
+
+    def add(branch: type[_Branch]) -> type[_Branch]:
+        fields: dict[str, Any] = {}
+        for name, method in methods().items():
+            if not method.names(name, branch.branch):
+                continue
+            if name in branch.model_fields:
+                raise UserError(f"methods/predictors/{name}.py: a branch has a setting {name}; choose another name")
+            fields[name] = (method, Field(method(**changed.get(name, {})), description=method.title))
+        made: type[_Branch] = create_model(
+            branch.__name__, __base__=branch, __module__=__name__, __doc__=branch.__doc__, **fields
+        )
+        return made
+
+    return add
+
+
+# MindEye's width would take 15 billion weights in the last layer: VGG's maps make 7190 tokens of 512.
+@_with_methods(mlp={"hidden": 512})
 class LowLevelConfig(BranchConfig):
     """The low-level branch: multi-layer feature tokens, InfoNCE (Sec. 3.2, App. D.1)."""
 
-    predictor: Literal["bit", "mlp-infonce", "mlp-mse", "ridge", "oracle"] = Field(
-        "bit",
-        description="What predicts the tokens: a BIT; an MLP with either loss (Table T5); a ridge regression of each "
-        "subject; or nothing: the oracle knows the test images' own tokens.",
-    )
+    branch = "lowlevel"
+
     width: PositiveInt = Field(512, description="Of a feature token; narrower ones are replicated.")
     input_size: PositiveInt = Field(112, description="Side of the images that the feature network sees.")
     layers: tuple[str, ...] = Field(("5", "12", "22", "32", "42"), description="Names of the tapped maps.")
@@ -218,8 +266,6 @@ class LowLevelConfig(BranchConfig):
         "places of the same picture, are told apart by place alone.",
     )
     scale: PositiveFloat = Field(1.0, description="Of the InfoNCE logits (official code: 1, no normalisation).")
-    # MindEye's width would take 15 billion weights in the last layer: VGG's maps make 7190 tokens of 512.
-    mlp: MLPConfig = MLPConfig(hidden=512)
 
     @model_validator(mode="after")
     def _one_of_each_a_layer(self) -> Self:
@@ -231,12 +277,12 @@ class LowLevelConfig(BranchConfig):
         return self
 
 
+@_with_methods()
 class SemanticConfig(BranchConfig):
     """The semantic branch, stage 1: spatial tokens, mean squared error (Sec. 3.2)."""
 
-    predictor: Literal["bit", "mlp", "ridge", "oracle"] = Field(
-        "bit", description="What predicts the tokens, as in the low-level branch. Only a BIT is trained jointly."
-    )
+    branch = "semantic"
+
     batch: PositiveInt = Field(128, description="Examples in a step.")
 
 
@@ -559,9 +605,8 @@ def demo() -> Variant:
     Voxel embeddings start at the encoder's, so that what one subject teaches serves all from the first step, and have a
     rate of their own; every step sees all voxels. All values were chosen on validation images.
     """
-    mlp = MLPConfig(hidden=256, blocks=2, dropout=0.1, lr=3e-3)
-    bit = {
-        "mlp": mlp,
+    bit: dict[str, Any] = {
+        "mlp": {"hidden": 256, "blocks": 2, "dropout": 0.1, "lr": 3e-3},
         "depth": 1,
         "voxels_per_example": None,
         "batch": 32,

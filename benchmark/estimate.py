@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmark.config import BranchConfig, Variant, paper
 from benchmark.graph import Decision, Stage
+from benchmark.predictors import method_name
 
 NSD_IMAGES, TRAINING_IMAGES, COCO_IMAGES = 73_000, 72_000, 123_403
 VOXELS, SUBJECTS, SHARED, SYNTHETIC = 315_997, 8, 1000, 284
@@ -121,10 +122,9 @@ def _clusters(variant: Variant) -> Estimate:
 def _branch(branch: str, paper_hours: float) -> Any:
     def maker(variant: Variant) -> Estimate:
         config, published = getattr(variant, branch), getattr(paper(), branch)
-        if config.predictor == "ridge":
-            return _ridge(*_TOKENS[branch])
-        if config.predictor != "bit":
-            return _mlp(config, *_TOKENS[branch])
+        if config.method is not None:
+            other = _METHODS.get(method_name(config.predictor))
+            return NOTHING if other is None else other(config, *_TOKENS[branch])
         share = _steps(config.training) * config.batch / (_steps(published.training) * published.batch)
         parameters = (VOXELS * config.dim + _BIT_TRUNK) * 4
         live = 1.5 if variant.targets.external == "live" else 1.0
@@ -135,7 +135,8 @@ def _branch(branch: str, paper_hours: float) -> Any:
 
 def _mlp(config: BranchConfig, values: int, target: float) -> Estimate:
     """Return what an MLP takes: linear maps of the voxels and of the last hidden space are nearly all of it."""
-    mlp, steps = config.mlp, _steps(config.training)
+    mlp: Any = config.method
+    steps = _steps(config.training)
     images = steps * config.batch
     weights = (VOXELS + values + mlp.blocks * mlp.hidden) * mlp.hidden
     used = (VOXELS / SUBJECTS + values + mlp.blocks * mlp.hidden) * mlp.hidden  # an image has one subject's voxels
@@ -144,13 +145,16 @@ def _mlp(config: BranchConfig, values: int, target: float) -> Estimate:
     return Estimate(seconds / 3600, 4 * weights, 20 * weights, 16 * weights + 12 * config.batch * values)
 
 
-def _ridge(values: int, target: float) -> Estimate:
+def _ridge(config: BranchConfig, values: int, target: float) -> Estimate:
     """Return what a ridge takes: one eigendecomposition a fold, layer and subject, and predictions for validation."""
     seen, held_out = 0.9 * TRAINING_IMAGES / SUBJECTS, 0.1 * TRAINING_IMAGES
     folds = 6 * 5 * SUBJECTS * 10 * seen**3  # eigendecompositions: five folds and all, of at most five layers
     predictions = 2 * held_out * (2 * seen * values + seen * target / 64)  # for calibration and for the correlation
     memory = 24 * seen * VOXELS / SUBJECTS + 12 * 256 * values
     return Estimate((_SLOWER * folds + predictions) / _RATE / 3600, 1e4, 0, memory)
+
+
+_METHODS = {"mlp": _mlp, "ridge": _ridge}  # what others take nobody has counted
 
 
 def _joint(variant: Variant) -> Estimate:

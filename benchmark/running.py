@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.cli import Parser, distinct
+from benchmark.predictors import names
 
 if TYPE_CHECKING:
     from benchmark.config import Variant
@@ -52,7 +54,12 @@ def add_arguments(p: Parser) -> None:
         help="take the authors' weights in DIR (python -m benchmark.convert) instead of training",
     )
     p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. lowlevel.dim=64"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, e.g. lowlevel.dim=64, or semantic.predictor=NAME with what predicts instead of a BIT: "
+        f"{', '.join(names())}, oracle",
     )
     p.add_argument(
         "--seed",
@@ -357,13 +364,14 @@ def restore_arguments(saved: Mapping[str, Any]) -> argparse.Namespace:
 def missing_networks(variants: Mapping[str, Variant]) -> list[str]:
     """Return what is wrong with the networks' weights: nothing, or one problem that names all that are missing."""
     from benchmark.weights import DOWNLOADS, missing_weights, random_weights, weights_folder
-    from metrics.protocols import PROTOCOLS
+    from metrics.protocols import get_protocol
 
     names: list[str] = []
     for variant in variants.values():
         own = list(variant.networks.roles().values())
-        if variant.score.random_weights is None and variant.score.protocol in PROTOCOLS:
-            own += PROTOCOLS[variant.score.protocol].networks
+        if variant.score.random_weights is None:
+            with contextlib.suppress(ValueError):  # a protocol that is none is told where stages are made
+                own += get_protocol(variant.score.protocol).networks
         names += [name for name, seed in map(random_weights, own) if seed is None]
     missing = missing_weights(names)
     if not missing:

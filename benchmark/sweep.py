@@ -48,7 +48,11 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("sweep", metavar="NAME", help="a sweep, or 'list'; or one of the commands below")
+    p.add_argument(
+        "sweep",
+        metavar="NAME",
+        help="a sweep, or the file of your own (my/sweep.yaml), or 'list'; or one of the commands below",
+    )
     p.add_argument("--only", metavar="VALUE[,VALUE]", help="run only these of the sweep's values, e.g. 64,128")
     add_arguments(p)
     return p
@@ -66,8 +70,10 @@ def main() -> int:
     args = parser().parse_args()
     if args.sweep == "list":
         return _list()
-    from benchmark.sweeps import load_sweep
+    from benchmark.sweeps import load_sweep, own_file
 
+    if (path := own_file(args.sweep)) is not None:
+        args.sweep = str(path.absolute())  # what is submitted is read again from another folder
     sweep = load_sweep(args.sweep)
     if args.only is not None:
         sweep = sweep.only([value.strip() for value in args.only.split(",")])

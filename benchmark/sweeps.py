@@ -1,7 +1,8 @@
-"""The sweeps: one YAML file each in ``sweeps/``, read into a typed record. Light to import."""
+"""The sweeps: one YAML file each in ``sweeps/`` or anywhere else, read into a typed record. Light to import."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from benchmark.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent.parent / "sweeps"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 class SweepAxis(BaseModel):
@@ -113,22 +115,41 @@ class Sweep(BaseModel):
         return f"{self.axis.name}={value}"
 
 
+def _is_ours(path: Path) -> bool:
+    return path.resolve().parent == FOLDER
+
+
 def sweep_names() -> list[str]:
     """Return the names of all sweeps, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def own_file(name: str) -> Path | None:
+    """Return the file that is meant where a sweep is named by its path, ``my/own.yaml``; None where by its name."""
+    return Path(name).expanduser() if name.endswith((".yaml", ".yml")) else None
+
+
 def load_sweep(name: str) -> Sweep:
-    """Read a sweep by name.
+    """Read a sweep by its name, or by the path of its file, whose stem is then its name.
 
     Raises:
         UserError: no such sweep, or its file is not what it should be.
     """
     names = sweep_names()
-    if name not in names:
+    path = own_file(name)
+    if path is None and name not in names:
         hint = did_you_mean(name, [*names, "list"]) or f"; choose from {', '.join(names)}"
         raise UserError(f"unknown sweep '{name}'{hint}")
-    path = FOLDER / f"{name}.yaml"
+    if path is not None:
+        name = path.stem
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a sweep of sweeps/ goes by its name: {', '.join(names)}")
+        if not _NAME.fullmatch(name) or name in ("list", "run") or (name in names and not _is_ours(path)):
+            raise UserError(
+                f"{path}: a sweep is called as its file, so not '{name}': expected small letters, digits, - and _, "
+                f"and none of list, run, {', '.join(names)}"
+            )
+    path = path or FOLDER / f"{name}.yaml"
     try:
         sweep = Sweep.model_validate({"name": name, **yaml.safe_load(path.read_text())})
     except (yaml.YAMLError, TypeError) as error:

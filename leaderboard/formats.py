@@ -21,7 +21,7 @@ from leaderboard.results import Result
 from leaderboard.schema import Interval, Row, row_id
 from leaderboard.statistics import Comparison
 from leaderboard.table import PLAIN_WIDTH, bounds, sections
-from metrics.cards import CARDS, format_value
+from metrics.cards import CARDS, KEYS, format_value
 
 UNKNOWN = "unknown"
 _LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
@@ -51,7 +51,8 @@ def as_csv(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
     """Return one line a row, metrics as fractions with their bounds; empty cells where there is no value."""
     head = ["id", "kind", "track", "protocol", "protocol_hash", "method", "variant", "data", "subjects", "n_images"]
     head += ["place", "tied", "rank", "rank_low", "rank_high", "mean_rank"]
-    head += [column for key in CARDS for column in (key, f"{key} low", f"{key} high")] + ["source"]
+    used = {*KEYS, *(key for ranking in rankings for key in ranking.metrics)}
+    head += [column for key in CARDS if key in used for column in (key, f"{key} low", f"{key} high")] + ["source"]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, head, lineterminator="\n", restval="")
     writer.writeheader()

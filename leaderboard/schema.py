@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
-from metrics.cards import CARDS
+from metrics.cards import CARDS, unknown_metrics
 
 _NonNegative = Annotated[FiniteFloat, Field(ge=0)]
 
@@ -87,9 +87,8 @@ class Row(_Record):
     @field_validator("metrics")
     @classmethod
     def _known_metrics(cls, metrics: dict[str, Interval]) -> dict[str, Interval]:
-        unknown = sorted(set(metrics) - set(CARDS))
-        if unknown:
-            raise ValueError(f"unknown metric {', '.join(unknown)}; known: {', '.join(CARDS)}")
+        if unknown := unknown_metrics(metrics):
+            raise ValueError(unknown)
         return {key: metrics[key] for key in CARDS if key in metrics}
 
     @property

@@ -43,7 +43,7 @@ from scipy.special import ndtr, ndtri, stdtr
 from scipy.stats import false_discovery_control
 
 from leaderboard.schema import Interval
-from metrics.cards import CARDS
+from metrics.cards import CARDS, unknown_metrics
 
 COLUMNS = ("track", "method", "variant", "subject", "seed", "image_id", "metric", "value")
 
@@ -125,9 +125,8 @@ def scores(table: Any, track: str | None = None) -> Scores:
     metric, metrics = _codes(table["metric"])
     subject, subjects = _codes(table["subject"])
     image, images = _codes(table["image_id"])
-    unknown = sorted(set(metrics) - set(CARDS))
-    if unknown:
-        raise ValueError(f"unknown metric {', '.join(unknown)}; known: {', '.join(CARDS)}")
+    if unknown := unknown_metrics(metrics):
+        raise ValueError(unknown)
 
     combined, row = np.unique(method * len(variants) + variant, return_inverse=True)
     keys = tuple((str(methods[code // len(variants)]), str(variants[code % len(variants)])) for code in combined)

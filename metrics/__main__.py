@@ -126,6 +126,7 @@ def _facts(protocol: Protocol) -> dict[str, str]:
         "PixCorr": _size(protocol.pixcorr),
         "SSIM": _size(ssim.resize),
         "SSIM-color": _size(ssim.resize),
+        **{slot.key: _size(slot.resize) for slot in protocol.pixels},
         **{key: _size(slot.resize) for key, slot in slots.items()},
         "SSIM of grey": {"2d": "in 2-D", "columns": "column by column"}[ssim.flavour],
         "SSIM window": f"Gaussian, sigma {ssim.sigma:g}, {window} px",
@@ -157,7 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m metrics", description="What is measured, and how.")
     parser.add_argument("what", metavar="{list,protocols}", help="the metrics' cards, or the protocols side by side")
     parser.add_argument(
-        "names", metavar="PROTOCOL", nargs="*", help=f"of {', '.join(PROTOCOLS)}; all published ones by default"
+        "names",
+        metavar="PROTOCOL",
+        nargs="*",
+        help=f"of {', '.join(PROTOCOLS)}; all published ones by default; NAME+KEY adds a metric of metrics/added",
     )
     given = parser.parse_args(argv)
     console = Console()
@@ -168,7 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.what == "list":
         if given.names:
             return _refused(f"'list' takes no names; did you mean: python -m metrics protocols {given.names[0]}")
-        console.print(cards_table())
+        try:
+            console.print(cards_table())
+        except ValueError as error:
+            return _refused(str(error))
         return 0
     published = [name for name, protocol in PROTOCOLS.items() if protocol.track == "paper"]
     try:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
+
+from metrics import added
 
 MISSING = "–"
 
@@ -174,10 +178,43 @@ _ALL = (
     ),
 )
 
-CARDS: dict[str, Card] = {card.key: card for card in _ALL}
-"""Every metric by key, in the order in which tables show them."""
+KEYS: tuple[str, ...] = tuple(card.key for card in _ALL)
+"""The eleven that every protocol has, in the order in which tables show them."""
 
-KEYS: tuple[str, ...] = tuple(CARDS)
+PIXEL_KEYS: tuple[str, ...] = tuple(card.key for card in _ALL if card.network is None)
+"""Those of them that need no network."""
+
+
+class _Cards(Mapping[str, Card]):
+    """The eleven, then those of :mod:`metrics.added`, whose files are read when a card is first asked for."""
+
+    @cached_property
+    def _by_key(self) -> dict[str, Card]:
+        return {card.key: card for card in (*_ALL, *(metric.card for metric in added.metrics().values()))}
+
+    def __getitem__(self, key: str) -> Card:
+        return self._by_key[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_key)
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+
+CARDS: Mapping[str, Card] = _Cards()
+"""Every metric by key, in the order in which tables show them: the eleven, and what was added to them."""
+
+
+def unknown_metrics(keys: Iterable[str]) -> str:
+    """Return what to say of metrics that have no card here, or an empty string where all have one."""
+    unknown = sorted(set(keys) - set(CARDS))
+    if not unknown:
+        return ""
+    return (
+        f"unknown metric {', '.join(unknown)}; known: {', '.join(CARDS)} "
+        "(one that was added elsewhere needs its file in metrics/added here, too)"
+    )
 
 
 def card(key: str) -> Card:
@@ -187,9 +224,9 @@ def card(key: str) -> Card:
         ValueError: there is no such metric; the message names the nearest one.
     """
     if key not in CARDS:
-        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(key, CARDS, n=1, cutoff=0.4)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise ValueError(f"no metric '{key}'{hint}; the keys are {', '.join(KEYS)}")
+        raise ValueError(f"no metric '{key}'{hint}; the keys are {', '.join(CARDS)}")
     return CARDS[key]
 
 

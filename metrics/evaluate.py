@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metrics import added
 from metrics.cache import Features, TruthCache
-from metrics.cards import KEYS, card
+from metrics.cards import PIXEL_KEYS, card
 from metrics.identification import (
     Floats,
     compare,
@@ -28,7 +29,6 @@ from metrics.identification import (
 )
 from metrics.images import Checked, Images, acting
 from metrics.passes import Backbone, Id, Passes, Progress, Source
-from metrics.pixel import PIXEL_KEYS
 from metrics.protocols import Protocol, Slot
 
 
@@ -132,7 +132,7 @@ def evaluate(
         MemoryError: not even one image at a time fits into memory.
     """
     ids = _check_ids(image_ids)
-    wanted = _check_keys(keys)
+    wanted = _check_keys(keys, protocol)
     slots = {key: slot for key, slot in protocol.slots.items() if key in wanted}
     _check_networks(slots, protocol, backbones)
     if batch < 1:
@@ -162,7 +162,8 @@ def evaluate(
         progress=progress or (lambda what, done, total: None),
     )
     found = _Found()
-    if pixel_keys := [key for key in PIXEL_KEYS if key in wanted]:
+    pixels = (*PIXEL_KEYS, *(slot.key for slot in protocol.pixels))
+    if pixel_keys := [key for key in pixels if key in wanted]:
         found.values.update(passes.pixel_metrics(pixel_keys, threads or torch.get_num_threads()))
     if "PixCorr" in wanted:
         found.values["PixCorr"] = found.settled("PixCorr", found.values["PixCorr"], protocol)
@@ -306,6 +307,10 @@ def _network_metrics(
         source = (slot.layers[0], slot.reduce)
         if slot.measure == "perceptual":
             continue
+        if slot.measure == "added":
+            pairs = zip(truth[source], recon[source], passes.ids, strict=True)
+            found.values[key] = np.array([added.metric(key)(*pair) for pair in pairs])
+            continue
         if slot.measure == "distance":
             r = pairwise_correlation(truth[source], recon[source])
             found.values[key] = 1.0 - found.settled(key, r, passes.protocol)
@@ -338,7 +343,7 @@ def _scores(
             notes.append(f"{len(flat)} constant {what}{'s' * (len(flat) > 1)}: {_listed(flat)}")
     notes.extend(remarks)
     how = "as lost" if protocol.identification.ties == "strict" else "half"
-    counts = {key: found.counts[key] for key in KEYS if key in found.counts}
+    counts = {key: found.counts[key] for key in protocol.keys if key in found.counts}
     for key, count in counts.items():
         in_test_set = key in found.matrices and protocol.slots[key].measure == "retrieval"
         if in_test_set and protocol.retrieval.pool == "distractors":
@@ -356,7 +361,7 @@ def _scores(
             )
 
     def ordered(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: values[key] for key in KEYS if key in values}
+        return {key: values[key] for key in protocol.keys if key in values}
 
     return Scores(
         protocol=protocol,
@@ -385,12 +390,15 @@ def _sizes(protocol: Protocol, recon: int, truth: int) -> list[str]:
     return found
 
 
-def _check_keys(keys: Collection[str] | None) -> set[str]:
+def _check_keys(keys: Collection[str] | None, protocol: Protocol) -> set[str]:
     if keys is None:
-        return set(KEYS)
+        return set(protocol.keys)
     if isinstance(keys, str) or not keys:
         raise ValueError("keys must be a list of metric keys, at least one; leave it out for all")
-    return {card(key).key for key in keys}
+    wanted = {card(key).key for key in keys}
+    if absent := sorted(wanted - set(protocol.keys)):
+        raise ValueError(f"protocol '{protocol.name}' has no {absent[0]}; '{protocol.name}+{absent[0]}' has")
+    return wanted
 
 
 def _check_networks(slots: Mapping[str, Slot], protocol: Protocol, backbones: Mapping[str, Backbone]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metrics import added
 from metrics.cache import Features, TruthCache
 from metrics.identification import Floats
 from metrics.images import Checked, Reordered, acting, as_tensor, resized
@@ -117,9 +118,11 @@ class Passes:
     def pixel_metrics(self, keys: Sequence[str], threads: int) -> dict[str, Floats]:
         """Return the pixel metrics ``keys`` of every pair, (N,) each."""
         spec = self.protocol.ssim
+        extra = {slot.key: (slot.resize, added.metric(slot.key)) for slot in self.protocol.pixels}
         by_size: dict[Resize | None, list[str]] = {}
         for key in keys:
-            by_size.setdefault(self.protocol.pixcorr if key == "PixCorr" else spec.resize, []).append(key)
+            size = extra[key][0] if key in extra else self.protocol.pixcorr if key == "PixCorr" else spec.resize
+            by_size.setdefault(size, []).append(key)
 
         def one(row: int) -> dict[str, float]:
             # In float64, one pair at a time: fastest (it stays in the cache), and the smallest. Never on a GPU, so that
@@ -134,7 +137,8 @@ class Passes:
                             f"image {self.ids[row]}: the truth has {len(truth)} pixels a side, the reconstruction"
                             f" {len(recon)}; protocol '{self.protocol.name}' brings them to no common size"
                         )
-                    values.update(pixel_scores(truth, recon, own, spec))
+                    values.update(pixel_scores(truth, recon, [key for key in own if key not in extra], spec))
+                    values |= {key: extra[key][1](truth, recon, self.ids[row]) for key in own if key in extra}
             return values
 
         table = {key: np.empty(len(self.ids)) for key in keys}

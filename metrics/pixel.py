@@ -16,10 +16,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import ArrayLike, NDArray
 
+from metrics.cards import PIXEL_KEYS
 from metrics.identification import Floats
 from metrics.protocols import Ssim
-
-PIXEL_KEYS = ("PixCorr", "SSIM", "SSIM-color")
 
 _K1, _K2 = 0.01, 0.03  # Wang et al. 2004
 # Outputs of one banded product, along columns and along rows: the fewer, the less of the matrix is zero, and the less

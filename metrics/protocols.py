@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from metrics.cards import CARDS
+from metrics import added
+from metrics.cards import CARDS, KEYS
 
 Ties = Literal["strict", "half"]
 Direction = Literal["recon-to-truth", "truth-to-recon"]
-Measure = Literal["identification", "retrieval", "distance", "perceptual"]
+Measure = Literal["identification", "retrieval", "distance", "perceptual", "added"]
 Ids = Literal["shared-1000", "shared-982", "any"]
 
 # Wording may be mended without making old rows incomparable, so it stays out of the hash.
@@ -95,7 +96,8 @@ class Slot:
 
     ``measure``: "identification" (two-way, Pearson), "retrieval" (top-1 by the same correlations), "distance"
     (1 - Pearson of the pair), "perceptual" (squared differences of channel-normalised maps, averaged over places,
-    summed over layers; weighted where ``heads`` is given). ``reduce`` turns a layer's output into what is compared:
+    summed over layers; weighted where ``heads`` is given), "added" (a function of :mod:`metrics.added`). ``reduce``
+    turns a layer's output into what is compared:
     "flatten", "mean" over places, or "maps" (kept as they are).
     """
 
@@ -106,6 +108,15 @@ class Slot:
     reduce: Literal["flatten", "mean", "maps"]
     sentence: str = field(metadata=_WORDING)
     heads: Heads | None = None
+
+
+@dataclass(frozen=True)
+class PixelSlot:
+    """How images come to a metric of :mod:`metrics.added` that needs no network."""
+
+    key: str
+    resize: Resize | None
+    sentence: str = field(metadata=_WORDING)
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,7 @@ class Protocol:
         images, n_images, ids: which images were scored in print, how many, and which of NSD's shared images they are.
         recon_size: the size that the reconstructions had in print; other sizes are scored, and noted.
         extra: metrics that the paper did not report, computed with its preparation all the same.
+        pixels: metrics beside the eleven that need no network; those that take features are among ``slots``.
     """
 
     name: str
@@ -181,11 +193,20 @@ class Protocol:
     ids: Ids = field(default="any", metadata=_WORDING)
     recon_size: int | None = field(default=None, metadata=_WORDING)
     extra: tuple[str, ...] = field(default=(), metadata=_WORDING)
+    pixels: tuple[PixelSlot, ...] = field(default=(), metadata=_LATER)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The metrics that it scores, in the order in which tables show them."""
+        own = {slot.key for slot in self.pixels} | {key for key, s in self.slots.items() if s.measure == "added"}
+        return (*KEYS, *(key for key in CARDS if key in own))
 
     def describe(self, key: str) -> str:
         """Return the sentence that a table shows under ``key``: which network and layer fill it, or which pixels."""
         if key in self.slots:
             return self.slots[key].sentence
+        if found := [slot for slot in self.pixels if slot.key == key]:
+            return found[0].sentence
         resize = self.pixcorr if key == "PixCorr" else self.ssim.resize
         size = resize or self.common or self.recon or self.truth
         at = f"at {size.size} px" if size else "at the images' own size"
@@ -198,16 +219,43 @@ class Protocol:
 
 
 def get_protocol(name: str) -> Protocol:
-    """Return a protocol by name.
+    """Return a protocol by name; ``NAME+KEY`` is protocol ``NAME`` and a metric of :mod:`metrics.added`.
 
     Raises:
-        ValueError: there is no such protocol; the message names the nearest one.
+        ValueError: there is no such protocol, or no such metric; the message names the nearest one.
     """
-    if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, list(PROTOCOLS), n=1, cutoff=0.4)
+    base, *keys = name.split("+")
+    if base not in PROTOCOLS:
+        near = difflib.get_close_matches(base, list(PROTOCOLS), n=1, cutoff=0.4)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise ValueError(f"no protocol '{name}'{hint}; there are {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+        raise ValueError(f"no protocol '{base}'{hint}; there are {', '.join(PROTOCOLS)}")
+    return _with_added(PROTOCOLS[base], sorted(set(keys))) if keys else PROTOCOLS[base]
+
+
+def _with_added(base: Protocol, keys: Sequence[str]) -> Protocol:
+    """Return a protocol that scores these metrics of :mod:`metrics.added`, too."""
+    slots, pixels = dict(base.slots), []
+    for key in keys:
+        if key in KEYS:
+            raise ValueError(f"every protocol has {key}; leave out +{key}")
+        metric = added.metric(key)
+        if metric.features is None:
+            size = metric.resize or base.common or base.recon or base.truth
+            at = f"at {size.size} px" if size else "at the images' own size"
+            pixels.append(PixelSlot(key, metric.resize, f"{metric.card.name}, {at}"))
+            continue
+        known = base.slots.get(metric.features)
+        if known is None or known.reduce == "maps":
+            vectors = [name for name, slot in base.slots.items() if slot.reduce != "maps"]
+            raise ValueError(f"metric '{key}': features is '{metric.features}'; expected one of {', '.join(vectors)}")
+        sentence = f"{metric.card.name}; {known.sentence}"
+        slots[key] = dataclasses.replace(known, measure="added", sentence=sentence, heads=None)
+    return dataclasses.replace(base, name="+".join([base.name, *keys]), slots=slots, pixels=tuple(pixels))
+
+
+def metric_versions(protocol: Protocol) -> dict[str, str]:
+    """Return the version of each metric that ``protocol`` scores."""
+    return {key: CARDS[key].version for key in protocol.keys}
 
 
 def protocol_record(protocol: Protocol) -> dict[str, Any]:
@@ -246,7 +294,7 @@ def protocol_hash(
         )
     record = {
         "protocol": protocol_record(protocol),
-        "metrics": {key: card.version for key, card in CARDS.items()},
+        "metrics": metric_versions(protocol),
         "digests": dict(digests),
         "image_ids": sorted(str(i) for i in image_ids),
         "subjects": sorted(subjects),

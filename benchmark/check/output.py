@@ -85,11 +85,12 @@ def footnotes(check: Check, slots: Notes) -> list[str]:
 
 def slot_notes(protocol: str | None) -> dict[str, str]:
     """Return metric -> what fills it, for the slots that networks fill under a protocol."""
-    from metrics.protocols import PROTOCOLS
+    from metrics.protocols import get_protocol
 
-    if protocol not in PROTOCOLS:
+    try:
+        known = get_protocol(protocol or "")
+    except ValueError:  # scored elsewhere, under what is not known here
         return {}
-    known = PROTOCOLS[protocol]
     return {key: known.describe(key) for key in known.slots}
 
 

@@ -39,7 +39,7 @@ from methods.brain_it.generate import GenerationSettings, Generator, semantic_im
 from methods.brain_it.unclip import decode, encode
 from metrics.evaluate import TruthCache, evaluate
 from metrics.identification import Floats, two_way
-from metrics.protocols import PROTOCOLS, Protocol, Ties
+from metrics.protocols import Protocol, Ties, get_protocol
 
 LATE = "CLIP"  # the slot of the late judge
 TRUE_TOKENS = "true tokens"
@@ -250,7 +250,7 @@ def pictures(runs: Path, out: Path, *, clusters: int = 128, subject: int = 1, co
     contact_sheet({title: rows[title] for title in ("seen", TRUE_TOKENS)}, 132, 6).save(out / "true-tokens.png")
 
     about = read_json(run.score.folder / "protocol.json")
-    judge = Judge.of(PROTOCOLS[about["protocol"]])
+    judge = Judge.of(get_protocol(about["protocol"]))
     within: dict[str, list[Floats]] = {kind: [] for kind in images}
     tables = [pq.read_table(result.folder / "scores.parquet") for result in (run.score, run.references)]
     for person in subjects:
@@ -356,7 +356,7 @@ def generator(out: Path, *, n_images: int = 144, seed: int = 12345) -> dict[str,
     rows = {"seen": scenes} | images
     contact_sheet({title: pixels[:SHOWN] for title, pixels in rows.items()}, 132, 6).save(out / "generator.png")
 
-    judge = Judge.of(PROTOCOLS[variant.score.protocol])
+    judge = Judge.of(get_protocol(variant.score.protocol))
     places = [scene.place for scene in described]
     numbers: dict[str, Row] = {}
     for title, pixels in images.items():

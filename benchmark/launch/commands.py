@@ -19,6 +19,7 @@ from benchmark.launch.control import Row, Status
 from benchmark.launch.submissions import Submission
 from benchmark.launch.table import table
 from benchmark.store import TRACKING, Store
+from benchmark.sweeps import own_file, sweep_names
 
 SUMMARIES = {
     "status": "how the stages of a submitted sweep stand; without a name, what was submitted",
@@ -70,6 +71,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
         UserError, RunError: see :func:`benchmark.cli.main_guard`.
     """
     args = parser(command).parse_args(arguments)
+    file = own_file(args.sweep or "")
+    args.known = file is not None
+    args.sweep = args.sweep if file is None else file.stem
     store = Store(args.out / "store")
     return _COMMANDS[command](args, store)
 
@@ -79,12 +83,10 @@ def _find(args: argparse.Namespace, store: Store) -> Submission:
     try:
         return submissions.find(store, args.sweep)
     except UserError:
-        from benchmark.sweeps import sweep_names
-
         known = [*sweep_names(), "run"]
         if submissions.history(store):
             raise
-        if args.sweep not in known:
+        if args.sweep not in known and not args.known:
             near = did_you_mean(args.sweep, known) or f"; choose from {', '.join(known)}"
             raise UserError(f"unknown sweep '{args.sweep}'{near}") from None
         return control.unsubmitted(store, args.sweep)

@@ -22,6 +22,7 @@ from benchmark.execute import Outcome, RunOptions, execute
 from benchmark.graph import Stage
 from benchmark.manifest import git_state
 from benchmark.store import CHECKPOINTS, Store
+from metrics.added import VARIABLE as EXTENSIONS_VARIABLE
 
 PACKAGES = ("benchmark", "leaderboard", "methods", "metrics")
 _LINGER_S = 600.0
@@ -33,13 +34,17 @@ _STARTED, _STARTED_AT = time.monotonic(), time.time()  # a job imports this firs
 def code_revision() -> str:
     """Return what code this is: ``70a7dbb+5e1f09a2c4d3``, the commit (``?`` without one) and a digest of the sources.
 
-    The digest is over path and content of every Python file of this project's packages. A commit that changes none of
+    The digest is over path and content of every Python file of this project's packages, and of the user's own methods
+    and metrics. A commit that changes none of
     them leaves it as it is, and an edit that was not committed shows. Taken once a process.
     """
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
+    folders = [(root, root / package) for package in PACKAGES]
+    if own := os.environ.get(EXTENSIONS_VARIABLE):
+        folders.append((Path(own), Path(own)))
+    for root, folder in folders:
+        for path in sorted(folder.rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     state = git_state()

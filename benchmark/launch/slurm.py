@@ -29,6 +29,7 @@ from benchmark.launch.profile import FILE, FOLDER, STAGES, Ask, Profile, ask
 from benchmark.launch.submissions import Submission, SubmittedStage
 from benchmark.store import Store, now
 from benchmark.weights import FOLDER_VARIABLE
+from metrics.added import VARIABLE as EXTENSIONS_VARIABLE
 
 # A training may reach its time limit many times before it is done; each time it has written a checkpoint.
 _RESTARTS = 100_000
@@ -523,8 +524,9 @@ def _exports(threads: int, wanted: Ask) -> list[str]:
         f"export PYTHONPATH={shlex.quote(os.pathsep.join(_import_path()))}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"export OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads}",
     ]
-    if folder := os.environ.get(FOLDER_VARIABLE):
-        lines.append(f"export {FOLDER_VARIABLE}={shlex.quote(folder)}")
+    for variable in (FOLDER_VARIABLE, EXTENSIONS_VARIABLE):
+        if folder := os.environ.get(variable):
+            lines.append(f"export {variable}={shlex.quote(os.path.abspath(folder))}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in wanted.environment]
     return lines
 

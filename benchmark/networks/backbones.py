@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from benchmark.errors import UserError
 from benchmark.networks.registry import feature_network
 from benchmark.weights import DOWNLOADS, WEIGHTS, require_weights, weights_digest
-from metrics.protocols import PROTOCOLS
+from metrics.protocols import get_protocol
 
 if TYPE_CHECKING:
     from benchmark.networks.features import FeatureNetwork
@@ -102,7 +102,7 @@ def scoring_backbones(
     """
     if isinstance(protocol_name_or_networks, str):
         asked = f"protocol '{protocol_name_or_networks}'"
-        names = list(PROTOCOLS[protocol_name_or_networks].networks)
+        names = list(get_protocol(protocol_name_or_networks).networks)
     else:
         asked = "the networks asked for"
         names = list(protocol_name_or_networks)

@@ -35,7 +35,7 @@ from leaderboard.orderings import Difference, differences, orderings
 from leaderboard.published import published
 from leaderboard.results import RESULTS, write_result
 from leaderboard.statistics import Key
-from metrics.protocols import PROTOCOLS, Protocol
+from metrics.protocols import Protocol, get_protocol
 
 GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
 BRANCHES = {"lowlevel": "low-level image alone", "semantic": "semantic image alone", "combined": "both branches"}
@@ -77,7 +77,7 @@ def write_report(
     variants = {name: own[0].variant for name, own in trainings.items()}
     stages = {name: own[0].stages for name, own in trainings.items()}
     about = read_json(store.folder(stages[main].score) / "protocol.json")
-    protocol = PROTOCOLS[about["protocol"]]
+    protocol = get_protocol(about["protocol"])
     credited = {name: credit(own) for name, own in stages.items()}
     keys = {name: (_place(variants[name])[0] + credited[name][0], name) for name in stages}
     tables = [
@@ -163,7 +163,7 @@ def write_report(
     scored = set(intervals)
     for row in rows:
         write_result(folder / RESULTS, row, per_image if row.key in scored else None)
-    notes = {key: protocol.describe(key) for key in protocol.slots}
+    notes = {key: protocol.describe(key) for key in (*protocol.slots, *(slot.key for slot in protocol.pixels))}
     first: dict[str, str] = {}  # whose images these are: the same images are shown once
     for name, finished in stages.items():
         first.setdefault(finished.reconstruct.fingerprint, name)
@@ -217,10 +217,10 @@ def _orderings(
 
 def _place(variant: Variant) -> tuple[str, Literal["method", "reference"]]:
     """Return what a variant's method is called, and whether it is ranked: what knows the test images is not."""
-    predictor = variant.semantic.predictor
-    if "oracle" in (predictor, variant.lowlevel.predictor):
+    if "oracle" in (variant.semantic.predictor, variant.lowlevel.predictor):
         return "reference", "reference"
-    return {"bit": METHOD, "mlp": "MLP", "ridge": "ridge"}[predictor], "method"
+    method = variant.semantic.method
+    return METHOD if method is None else method.title, "method"
 
 
 def _sentences(per_image: pa.Table, lowlevel: tuple[str, str]) -> tuple[str, ...]:

@@ -13,9 +13,8 @@ from typing import Literal
 
 from benchmark.cli import Parser, from_zero, positive
 from benchmark.errors import UserError, did_you_mean
-from benchmark.score.steps import PIXEL_KEYS
-from metrics.cards import KEYS
-from metrics.protocols import PROTOCOLS, Protocol
+from metrics.cards import CARDS, KEYS, PIXEL_KEYS
+from metrics.protocols import PROTOCOLS, Protocol, get_protocol
 
 ALL = "all"
 DEFAULT = next(iter(PROTOCOLS))
@@ -57,7 +56,11 @@ def parser() -> Parser:
     images.add_argument("--subject", type=positive, metavar="N", help="whose they are, where names do not tell")
     images.add_argument("--allow-constant", action="store_true", help="score images of one flat colour, and note them")
     scoring = p.add_argument_group("scoring")
-    scoring.add_argument("--protocol", metavar="NAME", help=f"{', '.join(PROTOCOLS)}, or all (default: {DEFAULT})")
+    scoring.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)}, or all (default: {DEFAULT}); NAME+KEY adds a metric of metrics/added",
+    )
     scoring.add_argument("--metrics", metavar="KEYS", help=f"some of {','.join(KEYS)} (default: all)")
     scoring.add_argument(
         "--n-way", metavar="N[,N]", help="also identification among so many images, exact, from the same matrices"
@@ -118,11 +121,11 @@ class Job:
         """Make sense of the options, or say which do not fit together."""
         keys, n_way = _keys(args.metrics), _numbers(args.n_way)
         name = args.protocol or ("demo" if args.backbones == "demo" else DEFAULT)
-        if name != ALL and name not in PROTOCOLS:
-            hint = did_you_mean(name, [*PROTOCOLS, ALL]) or f"; there are {', '.join(PROTOCOLS)}, {ALL}"
-            raise UserError(f"--protocol {name}: no such protocol{hint}")
         every = name == ALL
-        chosen = [p for p in PROTOCOLS.values() if p.track == "paper"] if every else [PROTOCOLS[name]]
+        chosen = [p for p in PROTOCOLS.values() if p.track == "paper"] if every else [_protocol(name)]
+        for key in keys or ():
+            if key not in chosen[0].keys:
+                raise UserError(f"--metrics {args.metrics}: not in protocol {name}; type --protocol {name}+{key}")
         notes = []
         if every and args.blurry is None:
             blends = [p.name for p in chosen if p.blend is not None]
@@ -185,19 +188,30 @@ class Job:
         return next((p for p in self.protocols.values() if wanted and p.retrieval.pool == "distractors"), None)
 
 
+def _protocol(name: str) -> Protocol:
+    base = name.partition("+")[0]
+    if base not in PROTOCOLS:
+        hint = did_you_mean(base, [*PROTOCOLS, ALL]) or f"; there are {', '.join(PROTOCOLS)}, {ALL}"
+        raise UserError(f"--protocol {name}: no such protocol{hint}")
+    try:
+        return get_protocol(name)
+    except ValueError as error:
+        raise UserError(f"--protocol {name}: {error}") from None
+
+
 def _keys(text: str | None) -> tuple[str, ...] | None:
     """Return the metrics that a list names: ``Alex(2)``, which a shell wants quoted, may be typed ``alex2``."""
     if text is None:
         return None
-    known = {_bare(key): key for key in KEYS}
+    known = {_bare(key): key for key in CARDS}
     chosen = []
     for word in (word.strip() for word in text.split(",")):
         if _bare(word) not in known:
             near = did_you_mean(_bare(word), known)
-            hint = re.sub("'.+'", lambda found: f"'{known[found[0][1:-1]]}'", near) or f"; there are {', '.join(KEYS)}"
+            hint = re.sub("'.+'", lambda found: f"'{known[found[0][1:-1]]}'", near) or f"; there are {', '.join(CARDS)}"
             raise UserError(f"--metrics {text}: no metric '{word}'{hint}")
         chosen.append(known[_bare(word)])
-    return tuple(key for key in KEYS if key in chosen)
+    return tuple(key for key in CARDS if key in chosen)
 
 
 def _bare(key: str) -> str:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from benchmark.progress import Bar
-from metrics.cards import CARDS
+from metrics.cards import PIXEL_KEYS
 from metrics.protocols import Protocol
-
-PIXEL_KEYS = tuple(key for key, card in CARDS.items() if card.network is None)
-"""Metrics that need no network."""
 
 # Milliseconds an image on one CPU core, roughly; only their proportions matter.
 _PIXELS = 30
@@ -33,7 +30,7 @@ def passes(protocol: Protocol, keys: Collection[str] | None, calibrate: bool) ->
     """
     wanted = {key: slot for key, slot in protocol.slots.items() if keys is None or key in keys}
     own, again = [], []
-    if keys is None or set(PIXEL_KEYS) & set(keys):
+    if keys is None or {*PIXEL_KEYS, *(slot.key for slot in protocol.pixels)} & set(keys):
         own.append(_PIXELS)
         again.append(_PIXELS)
     for network in protocol.networks:

@@ -21,9 +21,10 @@ from benchmark.config import (
 from benchmark.data.settings import SIMULATION_VERSION
 from benchmark.errors import UserError
 from benchmark.graph import Resources, Stage
+from benchmark.predictors import methods
 from benchmark.weights import network_digests
-from metrics.cards import CARDS
-from metrics.protocols import get_protocol, protocol_record
+from methods.predictors import Method, Network
+from metrics.protocols import get_protocol, metric_versions, protocol_record
 
 METHOD = "Brain-IT"  # what the scores and the leaderboard call it
 KINDS = ("lowlevel", "semantic", "combined")  # of images, those of every variant
@@ -208,18 +209,20 @@ def variant_stages(
         """Return the stage that makes what predicts a branch's tokens: a BIT, or what stands in its place."""
         if part.predictor == "oracle":
             return None
-        config, run = trained(part), f"benchmark.stages.bit:run_{name}"
+        config, run, version = trained(part), f"benchmark.stages.bit:run_{name}", 1
         upstream = {**learns, "clusters": clusters}
-        if part.predictor == "bit":
-            config = {k: v for k, v in config.items() if k not in ("predictor", "mlp")}
+        if part.method is None:
+            config = {k: v for k, v in config.items() if k != "predictor" and k not in methods()}
         else:
-            kind = part.predictor.partition("-")[0]
-            run = f"benchmark.stages.baselines:run_{kind}"
-            config = _stand_in(part, config)
-            upstream = learns if kind == "mlp" else shared
+            network = isinstance(part.method, Network)
+            run = f"benchmark.stages.baselines:run_{'network' if network else 'predictor'}"
+            config = _stand_in(part, part.method, config)
+            upstream, version = learns if network else shared, part.method.version
         # What no external image enters does not change with their number.
         config |= used if config.get("external_fraction", 0) != 0 else {}
-        return Stage(name=name, run=run, config=config, upstream=upstream, label=label, resources=GPU)
+        return Stage(
+            name=name, run=run, config=config, upstream=upstream, code_version=version, label=label, resources=GPU
+        )
 
     lowlevel, semantic = branch("lowlevel", variant.lowlevel), branch("semantic", variant.semantic)
     bit_sizes = {name: dump(variant.semantic)[name] for name in ("dim", "depth", "heads", "voxels_per_example")}
@@ -283,7 +286,7 @@ def variant_stages(
         "track": variant.track,
         "seed": seed,
         # What the name stands for: scores of an older form of a protocol or a metric are not taken for today's.
-        "rules": {**protocol_record(protocol), "metrics": {key: card.version for key, card in CARDS.items()}},
+        "rules": {**protocol_record(protocol), "metrics": metric_versions(protocol)},
         "random_weights": variant.score.random_weights,
     }
     judges = _judges(protocol.networks, variant.score.random_weights, absent)
@@ -436,21 +439,23 @@ def transfer_stages(variant: Variant, base: VariantStages, label: str) -> Varian
     return VariantStages(prepare, adapted, clusters, lowlevel, semantic, joint, reconstruct, score, references)
 
 
-def _stand_in(part: LowLevelConfig | SemanticConfig, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return configuration of a branch whose tokens an MLP or a ridge predicts: only what it reads.
+def _stand_in(part: BranchConfig, method: Method, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return configuration of a branch whose tokens another method predicts: only what it reads.
 
     Args:
         part: the branch's settings.
+        method: what predicts.
         config: the configuration that its BIT would have.
     """
     targets = _LOWLEVEL_TARGETS if isinstance(part, LowLevelConfig) else ()
     own = {name: config[name] for name in ("predictor", "batch", "seed", *targets)}
-    if part.predictor == "ridge":
-        return own
-    mlp = part.mlp.model_dump(mode="json")
-    optimiser = OptimiserConfig(lr=mlp.pop("lr"), weight_decay=mlp.pop("weight_decay")).model_dump(mode="json")
-    own |= {**mlp, "external_fraction": config["external_fraction"]}
-    own |= {"scale": config["scale"]} if part.predictor == "mlp-infonce" else {}
+    settings = method.model_dump(mode="json")
+    if not isinstance(method, Network):
+        return {**own, **settings}
+    rates = {name: settings.pop(name) for name in ("lr", "weight_decay")}
+    own |= {**settings, "external_fraction": config["external_fraction"]}
+    own |= {"scale": config["scale"]} if part.predictor.endswith("-infonce") else {}
+    optimiser = OptimiserConfig(**rates).model_dump(mode="json")
     return {**own, "training": {**config["training"], "optimiser": optimiser}}
 
 

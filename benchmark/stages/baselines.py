@@ -1,36 +1,33 @@
-"""Stages ``lowlevel`` and ``semantic`` without a BIT: an MLP or a ridge regression predicts the same tokens.
+"""Stages ``lowlevel`` and ``semantic`` without a BIT: a method of ``methods/predictors`` predicts the same tokens.
 
-Both see the recordings that a BIT sees, of the same training images, and are chosen by the same validation images. An
-MLP (the class of MindEye) trains as the branch's BIT does, as many steps on the same batches, external images among
-them; only its rate is its own. A ridge (the class of Takagi and Brain-Diffuser) knows one subject and measured
-recordings alone, as published: a linear map cannot gain from recordings that a smooth function of the image predicts.
-Nothing that a BIT builds on, encoder embeddings or clusters, reaches either.
+All see the recordings that a BIT sees, of the same training images, and are chosen by the same validation images. A
+network (an MLP, of the class of MindEye) trains as the branch's BIT does, as many steps on the same batches, external
+images among them; only its rate is its own. Any other method (a ridge, the class of Takagi and Brain-Diffuser) fits
+itself to measured recordings alone. Nothing that a BIT builds on, encoder embeddings or clusters, reaches either.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmark.context import StageContext
 from benchmark.errors import UserError
 from benchmark.graph import Stage
+from benchmark.predictors import method_name, method_of
+from benchmark.progress import Bar
 from benchmark.stages.bit import Batch, fit_lowlevel, fit_semantic, open_pool, save_calibration, token_correlation
 from benchmark.stages.features import LowLevelTargets, SemanticTargets
 from benchmark.stages.prepare import Prepared
-from methods.baselines.mlp import MLP
-from methods.baselines.ridge import Ridge, image_weights
+from methods.predictors import Network, Predictor, UnfitError
 
-RIDGE = "ridge.json"
-FOLDS = 5  # of the cross-validation
-VALUES = 16384  # of a layer's target values, drawn at random, that choose its penalty
 IMAGES = 256  # whose targets are in memory at a time
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -76,49 +73,92 @@ class Targets:
         return cls(ctx.stage, ctx.stage.upstream["targets"], ctx.inputs["targets"], data, ctx.device)
 
 
-# --- MLP --------------------------------------------------------------------------------------------------------------
+# --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def build_mlp(config: Mapping[str, Any], data: Prepared, targets: Targets) -> MLP:
-    """Return a fresh MLP with the sizes in ``config``."""
-    sizes = {name: config[name] for name in ("hidden", "blocks", "dropout")}
-    return MLP(data.n_voxels, **sizes, n_queries=targets.tokens, out_dim=targets.width)
+def build_network(config: Mapping[str, Any], data: Prepared, targets: Targets) -> nn.Module:
+    """Return the fresh network that a configuration names."""
+    method = method_of(config)
+    assert isinstance(method, Network)
+    return method.build(data.n_voxels, targets.tokens, targets.width)
 
 
-def run_mlp(ctx: StageContext) -> dict[str, Any]:
-    """Train an MLP: low-level tokens with InfoNCE or squared error (Table T5), semantic ones with squared error.
+def run_network(ctx: StageContext) -> dict[str, Any]:
+    """Train a network: low-level tokens with InfoNCE or squared error (Table T5), semantic ones with squared error.
 
-    Outputs: ``mlp.safetensors``, and of the low-level branch ``calibration.safetensors`` as a BIT's.
+    Outputs: ``NAME.safetensors``, and of the low-level branch ``calibration.safetensors`` as a BIT's.
     """
     data = Prepared(ctx.inputs["data"])
     targets = Targets.of(ctx, data)
     torch.manual_seed(ctx.config["seed"])
-    model, pool = build_mlp(ctx.config, data, targets), open_pool(ctx, data)
+    model, pool = build_network(ctx.config, data, targets), open_pool(ctx, data)
+    name = method_name(ctx.config["predictor"])
+    label = f"{ctx.stage.name} {name}"
     if targets.lowlevel is not None:
-        summary = fit_lowlevel(ctx, data, targets.lowlevel, model, pool, "low-level MLP")
+        summary = fit_lowlevel(ctx, data, targets.lowlevel, model, pool, label)
     else:
         assert targets.semantic is not None
-        summary = fit_semantic(ctx, data, targets.semantic, model, pool, "semantic MLP")
-    save_file(model.state_dict(), ctx.out / "mlp.safetensors")
+        summary = fit_semantic(ctx, data, targets.semantic, model, pool, label)
+    save_file(model.state_dict(), ctx.out / f"{name}.safetensors")
     return summary
 
 
-# --- ridge ------------------------------------------------------------------------------------------------------------
+# --- what fits itself -------------------------------------------------------------------------------------------------
 
 
-class RidgePredictor:
-    """A fitted ridge: predictions are weighted sums of the training images' tokens, which are read as they are needed.
+class SubjectImages:
+    """The training images of one subject, as :class:`methods.predictors.Subject` describes them.
 
     Args:
         data: the training images and their recordings.
+        position: the subject's, in ``data.subjects``.
+        targets: the tokens.
+        device: where recordings and tokens go.
+    """
+
+    def __init__(self, data: Prepared, position: int, targets: Targets, device: str) -> None:
+        self._data, self._position, self._targets, self._device = data, position, targets, device
+        self.number, self.layers, self.width = data.subjects[position], targets.layers, targets.width
+        samples = data.samples(data.train_ids)
+        own = samples.subject == position
+        self.recordings, self.rows = samples.row[own], data.target_rows(samples.image[own])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def betas(self) -> Tensor:
+        """Its recordings: n x voxels."""
+        return torch.from_numpy(np.array(self._data.betas[self._position][self.recordings])).to(self._device)
+
+    def tokens(self, images: slice | Sequence[int] | Tensor) -> Tensor:
+        """Return the true tokens of some of them."""
+        chosen = images.cpu().numpy() if isinstance(images, Tensor) else images
+        return self._targets(self.rows[chosen]).to(self._device)
+
+    def parts(self) -> Iterator[slice]:
+        """Cut the images into parts that are worked on at a time."""
+        return (slice(start, min(start + IMAGES, len(self))) for start in range(0, len(self), IMAGES))
+
+
+class FittedPredictor:
+    """A fitted method: asked subject by subject.
+
+    Args:
+        method: what predicts.
+        fitted: what it keeps of its fit.
+        data: the training images and their recordings.
         targets: their tokens.
-        alphas: for each subject, the penalty of each layer.
         device: where to compute.
     """
 
-    def __init__(self, data: Prepared, targets: Targets, alphas: list[list[float]], device: str) -> None:
-        self.data, self.targets, self.alphas, self.device = data, targets, alphas, device
-        self.samples = data.samples(data.train_ids)
+    def __init__(
+        self, method: Predictor, fitted: Mapping[str, Any], data: Prepared, targets: Targets, device: str
+    ) -> None:
+        self.method, self.targets, self.device = method, targets, device
+        self.fitted = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in fitted.items()}
+        self.subjects = [SubjectImages(data, position, targets, device) for position in range(len(data.subjects))]
+        self.n_voxels = data.n_voxels
 
     @torch.no_grad()
     def __call__(self, betas: Tensor, subject: Tensor) -> Tensor:
@@ -126,64 +166,37 @@ class RidgePredictor:
         out = torch.zeros(len(betas), self.targets.tokens, self.targets.width, device=self.device)
         for s in subject.unique().tolist():
             here = (subject == s).nonzero().squeeze(1)
-            x, rows = recordings(self.data, s)
-            z = betas[here, : self.data.n_voxels[s]].to(self.device)
-            by_alpha = {a: image_weights(x.to(self.device), z, a).float() for a in set(self.alphas[s])}
-            place = here.to(self.device)
-            for part in batches(len(rows)):
-                true = self.targets(rows[part]).split(self.targets.layers, 1)
-                added = [
-                    torch.einsum("mn,ntw->mtw", by_alpha[alpha][:, part], layer)
-                    for alpha, layer in zip(self.alphas[s], true, strict=True)
-                ]
-                out.index_add_(0, place, torch.cat(added, 1))
+            own = betas[here, : self.n_voxels[s]].to(self.device)
+            found = self.method.predict(self.fitted, self.subjects[s], own)
+            expected = (len(here), *out.shape[1:])
+            if tuple(found.shape) != expected:
+                who = type(self.method).__name__
+                raise ValueError(f"{who}.predict returned tokens of shape {tuple(found.shape)}, expected {expected}")
+            out[here.to(self.device)] = found.to(out)
         return out
 
 
-def recordings(data: Prepared, subject: int) -> tuple[Tensor, np.ndarray]:
-    """Return a subject's (position's) recordings of its training images, n x voxels, and the target rows of these."""
-    samples = data.samples(data.train_ids)
-    own = samples.subject == subject
-    return torch.from_numpy(np.array(data.betas[subject][samples.row[own]])), data.target_rows(samples.image[own])
+def run_predictor(ctx: StageContext) -> dict[str, Any]:
+    """Fit a method to the training images.
 
-
-def batches(n: int) -> Iterator[slice]:
-    """Part 0..n-1 into slices of images that are worked on at a time."""
-    return (slice(start, min(start + IMAGES, n)) for start in range(0, n, IMAGES))
-
-
-def run_ridge(ctx: StageContext) -> dict[str, Any]:
-    """Choose each subject's penalties by cross-validation on its training images, one for each layer of tokens.
-
-    Outputs: ``ridge.json``, the penalties: what else a ridge is follows from the recordings by one solve; and of the
-    low-level branch ``calibration.safetensors`` as a BIT's.
+    Outputs: ``NAME.json`` and ``NAME.safetensors``, what it keeps of the fit (numbers, and tensors, where it keeps
+    any); and of the low-level branch ``calibration.safetensors`` as a BIT's.
 
     Raises:
-        UserError: a subject with fewer training images than folds.
+        UserError: the data do not suffice for the method.
     """
     data = Prepared(ctx.inputs["data"])
     targets = Targets.of(ctx, data)
-    seed = ctx.config["seed"]
-    columns = _columns(targets, seed)
-    alphas = []
-    with ctx.progress.bar(f"{ctx.stage.name} ridge", total=len(data.subjects)) as bar:
-        for position in range(len(data.subjects)):
-            x, rows = recordings(data, position)
-            if len(x) < FOLDS:
-                raise UserError(
-                    f"subject {data.subjects[position]} has {len(x)} training images; "
-                    f"predictor ridge needs {FOLDS} or more, or --set {ctx.stage.name}.predictor=bit"
-                )
-            drawn: list[list[Tensor]] = [[] for _ in columns]
-            for part in batches(len(rows)):
-                for k, layer in enumerate(targets(rows[part]).split(targets.layers, 1)):
-                    drawn[k].append(layer.flatten(1)[:, columns[k].to(layer.device)])
-            x = x.to(ctx.device)
-            alphas.append([Ridge(folds=FOLDS, seed=seed).fit(x, torch.cat(y)).alpha for y in drawn])
-            bar.advance(1, f"subject {data.subjects[position]}")
-    named = {str(subject): own for subject, own in zip(data.subjects, alphas, strict=True)}
-    (ctx.out / RIDGE).write_text(json.dumps({"alphas": named}, indent=2) + "\n")
-    predictor = RidgePredictor(data, targets, alphas, ctx.device)
+    name, method = method_name(ctx.config["predictor"]), method_of(ctx.config)
+    assert isinstance(method, Predictor)
+    subjects = [SubjectImages(data, position, targets, ctx.device) for position in range(len(data.subjects))]
+    with ctx.progress.bar(f"{ctx.stage.name} {name}", total=len(subjects)) as bar:
+        try:
+            fitted = method.fit(_Counted(subjects, bar), ctx.config["seed"])
+        except UnfitError as error:
+            raise UserError(f"{error}, or --set {ctx.stage.name}.predictor=bit") from error
+    _save_fitted(ctx.out, name, fitted)
+    predictor = FittedPredictor(method, _load_fitted(ctx.out, name), data, targets, ctx.device)
     validation = list(_by_subject(data, ctx.config["batch"]))
     if targets.lowlevel is not None:
         save_calibration(ctx, validation, targets.lowlevel, lambda batch: predictor(batch.betas, batch.subject))
@@ -195,11 +208,37 @@ def run_ridge(ctx: StageContext) -> dict[str, Any]:
     return {"loss": float(torch.cat(errors).mean()), "correlation": float(torch.cat(correlations).mean())}
 
 
-def _columns(targets: Targets, seed: int) -> list[Tensor]:
-    """Draw the target values of each layer that choose its penalty."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = [tokens * targets.width for tokens in targets.layers]
-    return [torch.randperm(count, generator=generator)[:VALUES] for count in counts]
+class _Counted:
+    """Subjects that move a bar when they are gone through for the first time."""
+
+    def __init__(self, subjects: Sequence[SubjectImages], bar: Bar) -> None:
+        self._subjects, self._bar, self._seen = subjects, bar, 0
+
+    def __len__(self) -> int:
+        return len(self._subjects)
+
+    def __iter__(self) -> Iterator[SubjectImages]:
+        for done, subject in enumerate(self._subjects):
+            yield subject
+            if done == self._seen:
+                self._seen += 1
+                self._bar.advance(1, f"subject {subject.number}")
+
+
+def _save_fitted(folder: Path, name: str, fitted: Mapping[str, Any]) -> None:
+    """Keep what a method returned from its fit: tensors in one file, everything else in another."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in fitted.items() if isinstance(value, Tensor)}
+    numbers = {key: value for key, value in fitted.items() if key not in tensors}
+    if tensors:
+        save_file(tensors, folder / f"{name}.safetensors")
+    if numbers or not tensors:
+        (folder / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def _load_fitted(folder: Path, name: str) -> dict[str, Any]:
+    tensors, numbers = folder / f"{name}.safetensors", folder / f"{name}.json"
+    fitted: dict[str, Any] = load_file(tensors) if tensors.exists() else {}
+    return fitted | (json.loads(numbers.read_text()) if numbers.exists() else {})
 
 
 def _by_subject(data: Prepared, size: int) -> Iterator[Batch]:
@@ -227,11 +266,11 @@ def load_predictor(ctx: StageContext, branch: str, data: Prepared) -> Predict:
     """
     stage, folder = ctx.stage.upstream[branch], ctx.inputs[branch]
     targets = Targets(stage, ctx.stage.upstream["targets"], ctx.inputs["targets"], data, ctx.device)
-    if stage.config["predictor"] == "ridge":
-        named = json.loads((folder / RIDGE).read_text())["alphas"]
-        return RidgePredictor(data, targets, [named[str(subject)] for subject in data.subjects], ctx.device)
-    model = build_mlp(stage.config, data, targets)
-    model.load_state_dict(load_file(folder / "mlp.safetensors"))
+    name, method = method_name(stage.config["predictor"]), method_of(stage.config)
+    if isinstance(method, Predictor):
+        return FittedPredictor(method, _load_fitted(folder, name), data, targets, ctx.device)
+    model = build_network(stage.config, data, targets)
+    model.load_state_dict(load_file(folder / f"{name}.safetensors"))
     model.to(ctx.device).eval()
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from benchmark.stages import KINDS, METHOD, image_name, seen_name
 from benchmark.stages.prepare import Prepared
 from benchmark.stages.reconstruct import read_images
 from metrics.evaluate import TruthCache, evaluate
-from metrics.protocols import PROTOCOLS, Protocol, protocol_hash
+from metrics.protocols import Protocol, get_protocol, protocol_hash
 
 REPEATS = "mean of all presentations"
 _CACHE = TruthCache()  # one process scores many variants against the same seen images
@@ -34,7 +34,7 @@ class _Judge:
 
     @classmethod
     def of(cls, ctx: StageContext, folder: Path, ids: np.ndarray) -> _Judge:
-        protocol = PROTOCOLS[ctx.config["protocol"]]
+        protocol = get_protocol(ctx.config["protocol"])
         seed = ctx.config["random_weights"]
         backbones = {
             name: networks.feature_network(name, random_seed=seed).to(ctx.device) for name in protocol.networks

@@ -22,7 +22,7 @@ from benchmark.errors import UserError
 from benchmark.graph import Stage
 from benchmark.stages import KINDS, baselines, image_name, reconstruct, variant_stages
 from benchmark.stages import score as score_stage
-from benchmark.stages.baselines import RidgePredictor, Targets, build_mlp, load_predictor, recordings
+from benchmark.stages.baselines import FittedPredictor, Targets, build_network, load_predictor
 from benchmark.stages.bit import Pool, Validation, lowlevel_loss, open_pool
 from benchmark.stages.features import LowLevelTargets, SemanticTargets
 from benchmark.stages.prepare import Prepared
@@ -32,6 +32,7 @@ from benchmark.sweeps import load_sweep
 from leaderboard.schema import read_leaderboard
 from methods.baselines.ridge import Ridge
 from methods.brain_it.vgg_tokens import calibrate
+from methods.predictors import ridge
 
 pytestmark = pytest.mark.timeout(900)  # the first test that needs the small sweep waits for it
 
@@ -88,6 +89,13 @@ def context(made: Made, tiny_run: Any, tmp_path: Path) -> Callable[..., Any]:
         return finished.context(made.stage(name, value), tmp_path / f"{name}-{value}", **changes)
 
     return make
+
+
+def recordings(data: Prepared, subject: int) -> tuple[torch.Tensor, np.ndarray]:
+    """A subject's (position's) recordings of its training images, n x voxels, and the target rows of these."""
+    samples = data.samples(data.train_ids)
+    own = samples.subject == subject
+    return torch.from_numpy(np.array(data.betas[subject][samples.row[own]])), data.target_rows(samples.image[own])
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -154,7 +162,7 @@ def test_the_squared_error_weighs_layers_alike(data: Prepared, context: Callable
     ctx = context("lowlevel", "mlp")
     targets = Targets.of(ctx, data)
     assert targets.lowlevel is not None
-    model = build_mlp(ctx.config, data, targets).eval()
+    model = build_network(ctx.config, data, targets).eval()
     batch = Validation(data).batches(3)[0]
     tokens = targets.lowlevel.tokens
     positions = tokens.sample_positions(len(batch.rows), seeded(5))
@@ -175,10 +183,10 @@ def test_a_trained_mlp_is_kept_and_read_again(
 ) -> None:
     changed = {"predictor": predictor} | ({"scale": None} if predictor == "mlp-mse" else {})
     ctx = context("lowlevel", "mlp", **changed)
-    summary = baselines.run_mlp(ctx)
+    summary = baselines.run_network(ctx)
     assert np.isfinite([summary["loss"], summary["correlation"]]).all()
     targets = Targets.of(ctx, data)
-    model = build_mlp(ctx.config, data, targets)
+    model = build_network(ctx.config, data, targets)
     model.load_state_dict(load_file(ctx.out / "mlp.safetensors"))
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     before = load_file(made.folder("lowlevel", "mlp") / "mlp.safetensors")
@@ -205,11 +213,11 @@ def test_a_ridge_predicts_what_sklearns_does(
     monkeypatch.setattr(baselines, "IMAGES", 5)  # so that targets are read in parts
     ctx = context("reconstruct", "ridge")
     predict = load_predictor(ctx, branch, data)
-    assert isinstance(predict, RidgePredictor)
+    assert isinstance(predict, FittedPredictor)
     targets = predict.targets
     named = json.loads((made.folder(branch, "ridge") / "ridge.json").read_text())["alphas"]
-    assert [named[str(subject)] for subject in data.subjects] == predict.alphas
-    assert [len(own) for own in predict.alphas] == [len(targets.layers)] * 2
+    alphas = [named[str(subject)] for subject in data.subjects]
+    assert [len(own) for own in alphas] == [len(targets.layers)] * 2
     (batch,) = Validation(data).batches(100)
     assert set(batch.subject.tolist()) == {0, 1}
     found = predict(batch.betas, batch.subject)
@@ -218,7 +226,7 @@ def test_a_ridge_predicts_what_sklearns_does(
         assert set(data.target_ids[rows]) <= set(data.train_ids)
         here = batch.subject == s
         for alpha, y, ours in zip(
-            predict.alphas[s], targets(rows).split(targets.layers, 1), found[here].split(targets.layers, 1), strict=True
+            alphas[s], targets(rows).split(targets.layers, 1), found[here].split(targets.layers, 1), strict=True
         ):
             model = SklearnRidge(alpha=alpha, solver="svd").fit(x.double().numpy(), y.flatten(1).double().numpy())
             expected = model.predict(batch.betas[here, : data.n_voxels[s]].double().numpy())
@@ -230,7 +238,7 @@ def test_a_ridges_penalties_are_chosen_layer_by_layer_on_training_images(
 ) -> None:
     ctx = context("lowlevel", "ridge")
     targets = Targets.of(ctx, data)
-    columns = baselines._columns(targets, ctx.config["seed"])
+    columns = ridge.drawn_columns(targets.layers, targets.width, ctx.config["seed"])
     named = json.loads((made.folder("lowlevel", "ridge") / "ridge.json").read_text())["alphas"]
     for s, subject in enumerate(data.subjects):
         x, rows = recordings(data, s)
@@ -242,9 +250,9 @@ def test_a_ridges_penalties_are_chosen_layer_by_layer_on_training_images(
 
 
 def test_few_values_choose_a_penalty(data: Prepared, context: Callable[..., Any], monkeypatch: Any) -> None:
-    monkeypatch.setattr(baselines, "VALUES", 50)
+    monkeypatch.setattr(ridge, "VALUES", 50)
     targets = Targets.of(context("lowlevel", "ridge"), data)
-    columns, others = (baselines._columns(targets, seed) for seed in (0, 1))
+    columns, others = (ridge.drawn_columns(targets.layers, targets.width, seed) for seed in (0, 1))
     assert [len(set(own.tolist())) for own in columns] == [50] * len(targets.layers)
     assert all(int(own.max()) < n * targets.width for own, n in zip(columns, targets.layers, strict=True))
     assert not torch.equal(columns[0], others[0]) and not torch.equal(columns[0], columns[1])
@@ -256,7 +264,7 @@ def test_a_subject_with_few_images_has_no_ridge(
     few = data.restricted(recordings(data, 0)[1][:0])
     monkeypatch.setattr(baselines, "Prepared", lambda _: few)
     with pytest.raises(UserError, match="subject 1 has 0 training images; predictor ridge needs 5 or more"):
-        baselines.run_ridge(context("semantic", "ridge"))
+        baselines.run_predictor(context("semantic", "ridge"))
 
 
 # --- the true features ------------------------------------------------------------------------------------------------

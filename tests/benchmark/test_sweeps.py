@@ -169,6 +169,28 @@ def test_an_unknown_name_gets_the_nearest(folder: Path) -> None:
         load_sweep("../width")
 
 
+def test_a_sweep_may_lie_anywhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder)
+    own = tmp_path / "elsewhere"
+    own.mkdir()
+    for name in ("my-own", "width", "run", "My Own"):
+        (own / f"{name}.yaml").write_text((folder / "width.yaml").read_text())
+    sweep = load_sweep(str(own / "my-own.yaml"))
+    assert sweep.name == "my-own" and sweep.settings() == load_sweep("width").settings()
+    assert sweep_names() == ["width"], "a list of what comes with the project"
+    monkeypatch.chdir(own)
+    assert load_sweep("my-own.yaml") == sweep
+    assert load_sweep(str(folder / "width.yaml")).name == "width"
+    for wrong in ("width", "run", "My Own"):
+        with pytest.raises(UserError, match=rf"{wrong}.yaml: a sweep is called as its file, so not '{wrong}'"):
+            load_sweep(f"{wrong}.yaml")
+    with pytest.raises(UserError, match=r"none.yaml: no such file; a sweep of sweeps/ goes by its name: width"):
+        load_sweep("none.yaml")
+    (own / "my-own.yaml").write_text("title: [")
+    with pytest.raises(UserError, match=r"my-own.yaml: not a sweep"):
+        load_sweep("my-own.yaml")
+
+
 # --- what runs again --------------------------------------------------------------------------------------------------
 
 ORDER = ["simulate", "prepare", "targets", "encoder", "external", "clusters", "lowlevel", "semantic", "joint"]
