@@ -48,6 +48,7 @@ class Report:
     notes: Mapping[str, str]
     sentences: tuple[str, ...]
     page: Path
+    answer: Answer
     orderings: tuple[Ordering, ...] = ()  # of the published table that the sweep answers
 
 
@@ -169,7 +170,7 @@ def write_report(
     lowlevel = alone["lowlevel"] if "lowlevel" in alone else branch_names["lowlevel"]
     sentences = _sentences(per_image, lowlevel)
     found = _orderings(per_image, sweep, keys, main)
-    Answer(
+    answer = Answer(
         sweep=sweep.name,
         title=sweep.title,
         question=sweep.question,
@@ -180,8 +181,9 @@ def write_report(
         orderings=found,
         axis=axis if axis.values else None,
         galleries=tuple(galleries),
-    ).save(out)
-    return Report(ranking, notes, sentences, folder / "index.html", found)
+    )
+    answer.save(out)
+    return Report(ranking, notes, sentences, folder / "index.html", answer, found)
 
 
 def _orderings(
