@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import http.client
+import io
 import logging
 import netrc
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -67,6 +69,7 @@ class WandbTracker:
     ) -> None:
         self._run: Any = None
         self._warned = False
+        self._gone = ""  # why the server of an online run no longer answers
         self._step = 0
         self._defined: set[str] = set()
         self._outer_environment: dict[str, str | None] = {}
@@ -122,7 +125,8 @@ class WandbTracker:
         if chosen == "online":
             try:
                 if not _lately_silent():
-                    self._run = start("online")
+                    with _hushed():
+                        self._run = start("online")
             except Exception as error:
                 self._restore_environment()
                 logger.warning("W&B: %s; this run is kept offline: %s", _in_line(error), _SYNC)
@@ -172,6 +176,7 @@ class WandbTracker:
             def cell(value: Any) -> Any:
                 return wandb.Image(str(value)) if isinstance(value, Path) else value
 
+            self._check_server(run)
             made = wandb.Table(columns=list(table.columns), data=[[cell(value) for value in row] for row in table.rows])
             run.log({table.name: made, "global_step": self._step})
 
@@ -186,6 +191,7 @@ class WandbTracker:
         def send(run: Any) -> None:
             import wandb
 
+            self._check_server(run)
             metadata = {**artifact.metadata, "uses": list(artifact.uses)}
             made = wandb.Artifact(artifact.name, artifact.type, metadata=metadata)
             for name, path in artifact.files.items():
@@ -211,7 +217,8 @@ class WandbTracker:
 
         def send(run: Any) -> None:
             try:
-                run.finish(exit_code=0 if status == "done" else 1)
+                with _hushed():
+                    run.finish(exit_code=0 if status == "done" else 1)
             except TimeoutError:
                 for file in Path(run.dir).parent.glob("run-*.wandb"):
                     file.with_name(file.name + UNSENT).touch()
@@ -220,6 +227,17 @@ class WandbTracker:
         self._call("finish", send)
         self._run = None
         self._restore_environment()
+
+    def _check_server(self, run: Any) -> None:
+        """Refuse what W&B has to ask its server for, where there is none any more: each try takes half a minute.
+
+        Raises:
+            ConnectionError: there is none.
+        """
+        if not run.offline:
+            self._gone = self._gone or unreachable()
+            if self._gone:
+                raise ConnectionError(f"{self._gone}; python -m benchmark.tracking rebuild makes the run complete")
 
     def _define(self, run: Any, names: Iterable[str]) -> None:
         """Tell W&B which way is better, before it sees a metric for the first time."""
@@ -277,6 +295,13 @@ def _where_known(settings: Any, **values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in known}
 
 
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep W&B from printing lines of its own, which it does at login and at a timeout even where it is silent."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
 def _wait_for(artifact: Any) -> None:
     """Wait until the artifact is uploaded, or its server has gone."""
     end = time.monotonic() + _UPLOAD_S
@@ -284,7 +309,9 @@ def _wait_for(artifact: Any) -> None:
         try:
             artifact.wait(timeout=int(_REACH_S) or 1)
             return
-        except TimeoutError:
+        except Exception as error:
+            if not isinstance(error.__cause__, TimeoutError):
+                raise
             if unreachable():
                 return
 
