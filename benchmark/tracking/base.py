@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -136,3 +138,20 @@ class MultiTracker:
                 self.trackers = tuple(other for other in self.trackers if other is not tracker)
                 name = type(tracker).__name__.removesuffix("Tracker")
                 logger.warning("tracking: %s stopped at '%s' (%s); the stage goes on", name, method, error)
+
+
+@contextlib.contextmanager
+def in_place_of(folder: Path) -> Iterator[None]:
+    """Let ``folder`` be written anew; what was there stays where that fails."""
+    before = folder.with_name(f"{folder.name}.before")
+    if folder.is_dir() and not before.is_dir():
+        folder.rename(before)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        if before.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            before.rename(folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)

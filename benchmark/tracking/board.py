@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark.graph import canonical_json
 from benchmark.store import TRACKING
 from benchmark.tracking import MultiTracker, open_service
-from benchmark.tracking.base import Artifact, Table, Tracker
+from benchmark.tracking.base import Artifact, Table, Tracker, in_place_of
 from benchmark.tracking.findings import artifact_name, bounds
 from benchmark.tracking.jsonl import FILE_NAME, JsonLinesTracker
 
@@ -54,21 +54,24 @@ def track_board(out: Path, answer: Answer, kind: str, mode: str | None = None, r
     about = {name: getattr(first, name) for name in ("track", "protocol", "protocol_hash")}
     about |= {"subjects": list(first.subjects), "n_images": first.n_images, "seeds": list(first.seeds)}
     stages = {row.name: row.source for row in answer.rows}
-    service = open_service(
-        kind,
-        folder,
-        mode=mode,
-        replace=replace,
-        group=answer.sweep,
-        job_type=JOB_TYPE,
-        run_id=run_id,
-        name=f"{JOB_TYPE} {answer.sweep}",
-        config={"sweep": answer.sweep, "title": answer.title, "answers": answer.table, "rows": stages, **about},
-        tags=(JOB_TYPE, answer.sweep, first.track, first.protocol),
-    )
-    tracker = MultiTracker([JsonLinesTracker(folder), service])
-    _tell(tracker, out, folder, answer, run_id)
-    tracker.finish("done")
+    with in_place_of(folder / kind):
+        service = open_service(
+            kind,
+            folder,
+            mode=mode,
+            replace=replace,
+            group=answer.sweep,
+            job_type=JOB_TYPE,
+            run_id=run_id,
+            name=f"{JOB_TYPE} {answer.sweep}",
+            config={"sweep": answer.sweep, "title": answer.title, "answers": answer.table, "rows": stages, **about},
+            tags=(JOB_TYPE, answer.sweep, first.track, first.protocol),
+        )
+        tracker = MultiTracker([JsonLinesTracker(folder), service])
+        try:
+            _tell(tracker, out, folder, answer, run_id)
+        finally:
+            tracker.finish("done")
     return True
 
 

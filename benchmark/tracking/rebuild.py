@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 from benchmark.errors import UserError
 from benchmark.store import CONFIG, DONE, MANIFEST, STATUS, TRACKING, read_json
 from benchmark.tracking import Tracker, open_service
-from benchmark.tracking.base import Status
+from benchmark.tracking.base import Status, in_place_of
 from benchmark.tracking.findings import describe, report
 from benchmark.tracking.jsonl import FILE_NAME
 
@@ -98,24 +97,13 @@ def rebuild(stage: StageRecord, kind: str, mode: str | None = None) -> None:
     Raises:
         OSError, ValueError, UserError: something in the stage's folder cannot be read.
     """
-    own = stage.folder / TRACKING / kind
-    kept = own.with_name(f"{kind}.before")
-    if own.is_dir() and not kept.is_dir():
-        own.rename(kept)
-    shutil.rmtree(own, ignore_errors=True)
-    try:
+    with in_place_of(stage.folder / TRACKING / kind):
         about = describe(stage.record, stage.manifest, stage.sweep)
         tracker = open_service(kind, stage.folder / TRACKING, mode=mode, replace=True, **about)
         try:
             _tell(tracker, stage)
         finally:
             tracker.finish(stage.ended)
-    except BaseException:
-        if kept.is_dir():
-            shutil.rmtree(own, ignore_errors=True)
-            kept.rename(own)
-        raise
-    shutil.rmtree(kept, ignore_errors=True)
 
 
 def rebuild_all(

@@ -68,7 +68,7 @@ class Read:
     def _load(self) -> bool:
         (file,) = self.folder.glob("run-*.wandb")
         # What `wandb leet inspect` starts, without the seconds that the import of W&B takes.
-        command = [get_core_path(), "leet", "inspect", "--json", str(file)]
+        command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(file)]
         shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         records = [json.loads(line) for line in shown.splitlines()]
         self.by_type: dict[str, list[Any]] = {}
@@ -92,8 +92,9 @@ class Read:
         return int(self.by_type["exit"][0].get("exit_code", 0))
 
     def table(self, name: str) -> pd.DataFrame:
-        (file,) = self.folder.glob(f"files/media/table/{name}_*.table.json")
-        content = json.loads(file.read_text())
+        contents = self.artifacts[f"run-{self.run['run_id']}-{name}"]["manifest"]["contents"]
+        (file,) = [entry["local_path"] for entry in contents if entry["path"] == f"{name}.table.json"]
+        content = json.loads(Path(file).read_text())
         return pd.DataFrame(content["data"], columns=content["columns"])
 
     def same(self) -> dict[str, Any]:
