@@ -38,10 +38,12 @@ from benchmark.store import (
     Attempt,
     Store,
     now,
+    read_json,
     write_json,
     write_text,
     write_yaml,
 )
+from benchmark.tracking.base import Artifact, Table
 
 _MEMORY_SAMPLE_S = 0.25
 _CHILDREN_SAMPLE_S = 2.0  # to find them means to read all of /proc
@@ -57,7 +59,7 @@ class RunOptions:
 
     device: str = "cpu"
     threads: int = field(default_factory=_cores)
-    tracker: Literal["wandb", "jsonl", "none"] = "none"
+    tracker: Literal["wandb", "tensorboard", "jsonl", "none"] = "none"
     tracker_mode: str | None = None  # W&B's own: "online", "offline"; None leaves it to W&B
     group: str = ""  # the sweep, for the tracker
     progress: bool = True
@@ -208,6 +210,7 @@ def _attempt(
         with contextlib.suppress(OSError):  # a full disk, say: the error that is on its way tells more
             store.discard_outputs(folder)
             status.finish("failed", error=str(error))
+        tracker.report(folder)
         tracker.finish("failed")
         raise
     except Exception as error:
@@ -215,6 +218,7 @@ def _attempt(
         with contextlib.suppress(OSError):
             write_text(folder / TRACEBACK, traceback.format_exc())
             status.finish("failed", error=short, traceback=TRACEBACK)
+        tracker.report(folder)
         tracker.finish("failed")
         raise RunError(f"stage {stage.title} failed: {short}; full trace: {folder / TRACEBACK}") from error
     except BaseException:  # Ctrl-C, SIGTERM, a scheduler's requeue
@@ -224,8 +228,14 @@ def _attempt(
         tracker.finish("interrupted")
         raise
     tracker.summary(summary)
-    tracker.finish("done")
+    final = store.folder(stage)
+    if folder != final:
+        tracker.finish("done")  # what a tracker writes must not be moved under its hands
     store.publish(stage, folder)
+    if folder != final:
+        tracker = _open_tracker(stage, options, final, progress)
+    tracker.report(final)
+    tracker.finish("done")
     return Outcome(stage, "done", status.seconds, summary)
 
 
@@ -247,6 +257,7 @@ class _Status:
             "stage": stage.name,
             "label": stage.label,
             "started": now(),
+            "sweep": options.group,
             "attempt": before.get("attempt", 0) + 1,
             "forced": options.force,
             "host": socket.gethostname(),
@@ -337,8 +348,25 @@ class _SafeTracker:
     def image(self, name: str, path: Path) -> None:
         self._call("image", name, path)
 
+    def table(self, table: Table) -> None:
+        self._call("table", table)
+
+    def artifact(self, artifact: Artifact) -> None:
+        self._call("artifact", artifact)
+
     def finish(self, status: str) -> None:
         self._call("finish", status)
+
+    def report(self, folder: Path) -> None:
+        """Tell what the stage in ``folder`` came to."""
+        if self._inner is None:
+            return
+        try:
+            from benchmark.tracking.findings import report
+
+            report(self._inner, folder)
+        except Exception as error:
+            self._progress.message(f"tracking lacks what the stage found ({type(error).__name__}: {error})")
 
     def _call(self, method: str, *arguments: Any) -> None:
         if self._inner is None:
@@ -355,18 +383,11 @@ def _open_tracker(stage: Stage, options: RunOptions, folder: Path, progress: Pro
         return _SafeTracker(None, progress)
     try:
         from benchmark.tracking import open_tracker
+        from benchmark.tracking.findings import describe
 
         (folder / TRACKING).mkdir(exist_ok=True)
-        inner = open_tracker(
-            options.tracker,
-            folder / TRACKING,
-            group=options.group,
-            job_type=stage.name,
-            run_id=stage.fingerprint[:16],
-            name=" ".join(part for part in (stage.name, stage.label) if part),
-            config=dict(stage.config),
-            mode=options.tracker_mode,
-        )
+        about = describe(stage.record(), read_json(folder / MANIFEST), options.group)
+        inner = open_tracker(options.tracker, folder / TRACKING, mode=options.tracker_mode, **about)
     except Exception as error:
         progress.message(f"no tracking ({type(error).__name__}: {error}); the stage runs without it")
         return _SafeTracker(None, progress)

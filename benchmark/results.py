@@ -68,10 +68,14 @@ def finished_variants(out: Path) -> dict[str, Result]:
     dones = [done for store in stores for done in store.glob(f"*/{DONE}") if "." not in done.parent.name]
     for done in sorted(dones, key=lambda path: path.stat().st_mtime):
         result = Result.read(done.parent)
-        names = re.sub(r" \+\d+ more$", "", str(result.record["label"]))  # as a plan joins the labels of a shared stage
         made = result if done.parents[1].name != "score" else result.needs("reconstruct")
-        found |= {name: made for name in names.split(", ") if name}
+        found |= {name: made for name in label_names(str(result.record["label"]))}
     return found
+
+
+def label_names(label: str) -> list[str]:
+    """Return the variants that a stage's label names, as a plan joins the labels of a shared stage."""
+    return [name for name in re.sub(r" \+\d+ more$", "", label).split(", ") if name]
 
 
 def find_variant(out: Path, name: str | None) -> tuple[str, Result]:

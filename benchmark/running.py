@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.cli import Parser, distinct
 from benchmark.predictors import names
+from benchmark.tracking import KINDS
 
 if TYPE_CHECKING:
     from benchmark.config import Variant
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from benchmark.graph import Decision, Plan
     from benchmark.launch.slurm import SlurmLauncher
     from benchmark.official import Part
-    from benchmark.report.rows import Training
+    from benchmark.report.rows import Report, Training
     from benchmark.stages import VariantStages
     from benchmark.store import Store
     from benchmark.sweeps import Sweep
@@ -104,9 +105,9 @@ def add_arguments(p: Parser) -> None:
     )
     p.add_argument(
         "--tracker",
-        choices=("wandb", "jsonl", "none"),
+        choices=KINDS,
         default="wandb",
-        help="W&B (offline unless logged in), JSON lines only, or nothing",
+        help="W&B (offline unless logged in), TensorBoard, JSON lines only, or nothing (docs/tracking.md)",
     )
     p.add_argument("--no-progress", action="store_true", help="no progress bars or lines")
 
@@ -230,6 +231,8 @@ def run_sweep(
             progress=not args.no_progress,
             data=str(args.data.resolve()) if args.data else "",
         )
+        if args.tracker == "wandb":
+            _say_where_runs_are(sweep)
         if cluster is not None:
             code = _submit(cluster, plan, store, options, sweep, args, only, command or typed_command())
             if not args.wait or code == INTERRUPTED:
@@ -552,6 +555,13 @@ def _say_what_runs(sweep: Sweep, args: argparse.Namespace, decisions: list[Decis
         print(f"  {line}", flush=True)
 
 
+def _say_where_runs_are(sweep: Sweep) -> None:
+    from benchmark.tracking.wandb_tracker import notice
+
+    if line := notice(sweep.name):
+        print(line, file=sys.stderr, flush=True)
+
+
 def _print_plan(decisions: list[Decision]) -> None:
     width = max(len(decision.stage.title) for decision in decisions)
     for decision in decisions:
@@ -565,6 +575,16 @@ def show(event: object) -> None:
     assert isinstance(event, Event)
     if event.kind in ("done", "failed", "note"):
         print(str(event), file=sys.stderr, flush=True)
+
+
+def _track(args: argparse.Namespace, report: Report) -> None:
+    """Track the leaderboard; trouble with that is told, and nothing else comes of it."""
+    from benchmark.tracking.board import track_board
+
+    try:
+        track_board(args.out, report.answer, args.tracker)
+    except Exception as error:
+        print(f"the leaderboard is not tracked ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
 
 def _report(
@@ -599,4 +619,6 @@ def _report(
         print()
         print_beside([(rows[name], published()[row]) for name, row in sweep.answered().items() if name in rows])
         print_published([published()[row] for row in sweep.beside])
+    if args.tracker in ("wandb", "tensorboard"):
+        _track(args, report)
     print(f"\npage: {report.page}   rows: {report.page.parent / 'leaderboard.json'}   time: {clock_time(seconds)}")

@@ -357,6 +357,7 @@ def _submit_again(args: argparse.Namespace, submission: Submission, fingerprints
 
 
 def _sync(args: argparse.Namespace, store: Store) -> int:
+    from benchmark.tracking.board import board_folder
     from benchmark.tracking.sync import Uploaded, is_waiting, offline_runs, require_key, upload
 
     status = _report(args, store)
@@ -375,6 +376,8 @@ def _sync(args: argparse.Namespace, store: Store) -> int:
         for folder in (store.root / key, store.root / f"{key}.forced")
         if (folder / TRACKING).is_dir()
     ]
+    boards = board_folder(args.out, status.submission.sweep).glob("*")
+    found += [offline_runs(f"leaderboard [{status.submission.sweep}]", folder) for folder in sorted(boards)]
     waiting = sum(len(one.waiting) for one in found)
     synced = sum(len(one.synced) for one in found)
     if waiting and not args.dry_run:

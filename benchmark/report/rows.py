@@ -49,6 +49,7 @@ class Report:
     notes: Mapping[str, str]
     sentences: tuple[str, ...]
     page: Path
+    answer: Answer
     orderings: tuple[Ordering, ...] = ()  # of the published table that the sweep answers
     differences: tuple[Difference, ...] = ()  # of every variant from the main one
 
@@ -188,7 +189,7 @@ def write_report(
     found = _orderings(per_image, sweep, keys, main)
     others: dict[Key, None] = dict.fromkeys(key for key in keys.values() if key != keys[main])
     apart = tuple(differences(per_image, others, keys[main]))
-    Answer(
+    answer = Answer(
         sweep=sweep.name,
         title=sweep.title,
         question=sweep.question,
@@ -200,8 +201,9 @@ def write_report(
         differences=apart,
         axis=axis if axis.values else None,
         galleries=tuple(galleries),
-    ).save(out)
-    return Report(ranking, notes, sentences, folder / "index.html", found, apart)
+    )
+    answer.save(out)
+    return Report(ranking, notes, sentences, folder / "index.html", answer, found, apart)
 
 
 def _orderings(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark.errors import RunError, UserError
-from benchmark.tracking.wandb_tracker import logged_in, server, unreachable
+from benchmark.tracking.wandb_tracker import UNSENT, logged_in, server, unreachable
 
 _TOGETHER = 20  # stages a call of W&B, which takes a second to start
 _HEADER = 7  # bytes of a run's file to which nothing was written yet, or ever
@@ -47,8 +47,10 @@ class Uploaded:
 
 
 def offline_runs(title: str, folder: Path) -> StageRuns:
-    """Return the offline runs under ``folder``, a stage's tracking folder."""
-    files = sorted(path for path in folder.glob("wandb/offline-run-*/run-*.wandb") if path.stat().st_size > _HEADER)
+    """Return the runs under ``folder``, a stage's tracking folder, that were offline, or became so before their end."""
+    found = [*folder.glob("wandb/offline-run-*/run-*.wandb")]
+    found += [mark.with_name(mark.name.removesuffix(UNSENT)) for mark in folder.glob(f"wandb/run-*/*{UNSENT}")]
+    files = sorted((path for path in found if path.stat().st_size > _HEADER), key=lambda path: _begun(path.parent.name))
     waiting = tuple(path for path in files if is_waiting(path))
     return StageRuns(title, waiting, tuple(path for path in files if path not in waiting))
 
@@ -161,6 +163,11 @@ def _patience(process: subprocess.Popen[str]) -> threading.Timer:
     timer.daemon = True
     timer.start()
     return timer
+
+
+def _begun(name: str) -> str:
+    """Return when a run's folder was made, in an order: ``offline-run-20260131_235959-ID``, ``run-...``."""
+    return name.removeprefix("offline-").removeprefix("run-")
 
 
 def _mark(path: Path) -> Path:

@@ -24,6 +24,24 @@ class Run:
     files: dict[str, bytes] = field(default_factory=dict)
     exits: list[int] = field(default_factory=list)
     opened: int = 0  # how often it was opened anew, or to be resumed
+    uses: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Artifact:
+    """What the server knows of one version of an artifact."""
+
+    id: str
+    name: str
+    type: str
+    run: str
+    metadata: dict[str, Any]
+    files: dict[str, bytes] = field(default_factory=dict)
+    committed: bool = False
+
+    def manifest(self) -> dict[str, Any]:
+        """Path -> entry, as W&B's client wrote it."""
+        return dict(json.loads(self.files["wandb_manifest.json"])["contents"])
 
 
 @dataclass
@@ -32,6 +50,7 @@ class FakeServer:
 
     address: str
     runs: dict[str, Run] = field(default_factory=dict)
+    artifacts: dict[str, Artifact] = field(default_factory=dict)  # by id
     refused: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,8 +96,69 @@ class FakeServer:
             run_id = values["run"]
             files = [{"name": file, "uploadUrl": f"{self.address}/put/{run_id}/{file}"} for file in values["files"]]
             return 200, {"data": {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}}
+        if operation in _ARTIFACTS or not operation:
+            return 200, {"data": self.artifact_answer(operation, values)}
         viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
         return 200, {"data": {"viewer": viewer, "serverInfo": None, "model": None}}
+
+    def artifact_answer(self, operation: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Answer a question about artifacts; the nameless ones ask for one by its name or id."""
+        asked = values.get("input") or values
+        if operation == "CreateArtifact":
+            made = Artifact(
+                f"artifact-{len(self.artifacts)}",
+                asked["artifactCollectionName"],
+                asked["artifactTypeName"],
+                asked["runName"],
+                json.loads(asked.get("metadata") or "{}"),
+            )
+            self.artifacts[made.id] = made
+            artifact = {"id": made.id, "state": "PENDING", "artifactSequence": {"id": "s", "latestArtifact": None}}
+            return {"createArtifact": {"artifact": artifact}}
+        if operation in ("CreateArtifactManifest", "UpdateArtifactManifest"):
+            of = values.get("artifactID") or values["artifactManifestID"]
+            url = f"{self.address}/artifact/{of}/wandb_manifest.json"
+            file = {"id": "f", "name": "m", "displayName": "m", "uploadUrl": url, "uploadHeaders": []}
+            name = operation[0].lower() + operation[1:]
+            return {name: {"artifactManifest": {"id": of, "file": file}}}
+        if operation == "CreateArtifactFiles":
+            nodes = [
+                {
+                    "node": {
+                        "storagePath": file["name"],
+                        "uploadUrl": f"{self.address}/artifact/{file['artifactID']}/{file['name']}",
+                        "uploadHeaders": [],
+                        "uploadMultipartUrls": None,
+                        "artifact": {"id": file["artifactID"]},
+                    }
+                }
+                for file in asked["artifactFiles"]
+            ]
+            return {"createArtifactFiles": {"files": {"edges": nodes}}}
+        if operation == "CommitArtifact":
+            self.artifacts[asked["artifactID"]].committed = True
+            return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": "d"}}}
+        if operation == "UseArtifact" or {"artifactID", "runName"} <= set(asked):
+            used = self.artifacts[asked["artifactID"]]
+            self.run(asked["runName"]).uses.append(used.name)
+            return {"useArtifact": {"artifact": _artifact(used)}}
+        name = (values.get("name") or "").partition(":")[0]
+        found = self.artifacts.get(values.get("id") or "") or next(
+            (one for one in reversed(self.artifacts.values()) if one.name == name and one.committed), None
+        )
+        if "name" not in values:
+            return {"artifact": found and _artifact(found)}
+        member = found and {
+            "__typename": "ArtifactCollectionMembership",
+            "id": "m",
+            "versionIndex": 0,
+            "createdAt": "2026-01-01T00:00:00Z",
+            "aliases": [],
+            "artifactCollection": {**_COLLECTION, "name": found.name},
+            "artifact": _artifact(found),
+        }
+        kind = found and {"artifactType": {"name": found.type}}
+        return {"project": {"artifactCollectionMembership": member, "artifact": kind}}
 
     def stream(self, name: str, body: dict[str, Any]) -> None:
         """Take lines of a run's files."""
@@ -91,6 +171,42 @@ class FakeServer:
                 run.summary |= lines[-1]
         if body.get("complete"):
             run.exits.append(int(body.get("exitcode", 0)))
+
+
+_ARTIFACTS = (
+    "CreateArtifact",
+    "CreateArtifactManifest",
+    "UpdateArtifactManifest",
+    "CreateArtifactFiles",
+    "CommitArtifact",
+    "UseArtifact",
+)
+_PROJECT = {"id": "p", "internalId": "p", "name": "brain-it-bench", "entity": {"name": "me"}}
+_COLLECTION = {"__typename": "ArtifactSequence", "project": _PROJECT}
+
+
+def _artifact(found: Artifact) -> dict[str, Any]:
+    return {
+        "__typename": "Artifact",
+        "id": found.id,
+        "artifactSequence": {**_COLLECTION, "name": found.name},
+        "versionIndex": 0,
+        "artifactType": {"name": found.type},
+        "description": None,
+        "metadata": json.dumps(found.metadata),
+        "ttlDurationSeconds": -1,
+        "ttlIsInherited": True,
+        "tags": [],
+        "historyStep": None,
+        "state": "COMMITTED",
+        "size": 0,
+        "digest": "d",
+        "commitHash": "c",
+        "fileCount": 1,
+        "createdAt": "2026-01-01T00:00:00Z",
+        "updatedAt": None,
+        "aliases": [],
+    }
 
 
 @contextlib.contextmanager
@@ -117,9 +233,10 @@ def fake_wandb() -> Iterator[FakeServer]:
             self._send(200, {"exitcode": None, "limits": {}})
 
         def do_PUT(self) -> None:
-            _, _, run, name = self.path.split("?")[0].split("/", 3)
+            _, kind, of, name = self.path.split("?")[0].split("/", 3)
             with server.lock:
-                server.run(run).files[name] = self._body()
+                files = server.artifacts[of].files if kind == "artifact" else server.run(of).files
+                files[name] = self._body()
             self._send(200, {})
 
         def do_GET(self) -> None:
