@@ -304,7 +304,7 @@ def _reason(stage: Stage, state: StageState, decisions: Mapping[str, Decision], 
 
 def _changes(stage: Stage, past: Mapping[str, Any], decisions: Mapping[str, Decision]) -> tuple[int, list[str]]:
     """How many things differ between a finished stage and this one, and which, in words."""
-    keys = _unlike(_flat(past.get("config") or {}), _flat(stage.config))
+    keys = _unlike(flat(past.get("config") or {}), flat(stage.config))
     data = _unlike(past.get("digests") or {}, stage.digests)
     roles = _unlike(past.get("upstream") or {}, {role: up.key for role, up in stage.upstream.items()})
     parts = []
@@ -326,12 +326,12 @@ def _changes(stage: Stage, past: Mapping[str, Any], decisions: Mapping[str, Deci
     return len(keys) + len(data) + len(roles) + (version != stage.code_version), parts
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay whole."""
-    flat: dict[str, Any] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists stay whole."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
 
 
 def _unlike(past: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -44,6 +44,7 @@ class Answer:
         orderings: of the published table.
         axis: what was varied, where it is a number.
         galleries: seen and reconstructed images.
+        pictures: whose images a row's scores are of, as in :class:`leaderboard.site.Chapter`.
     """
 
     sweep: str
@@ -56,6 +57,7 @@ class Answer:
     orderings: tuple[Ordering, ...] = ()
     axis: Axis | None = None
     galleries: tuple[Gallery, ...] = ()
+    pictures: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def save(self, out: Path) -> Path:
         """Write the answer under a run's folder ``out``; image paths are kept relative to it where they can be."""
@@ -69,6 +71,7 @@ class Answer:
             "orderings": [asdict(one) for one in self.orderings],
             "axis": None if self.axis is None else {**asdict(self.axis), "values": dict(self.axis.values)},
             "galleries": [_relative(one, out) for one in self.galleries],
+            "pictures": self.pictures,
         }
         write_json(folder / FILE, data)
         return folder / FILE
@@ -90,6 +93,7 @@ class Answer:
                 rows=tuple(Row.model_validate(row) for row in data.pop("rows")),
                 orderings=tuple(Ordering(**one) for one in data.pop("orderings")),
                 sentences=tuple(data.pop("sentences")),
+                pictures={name: (own, column) for name, (own, column) in data.pop("pictures", {}).items()},
                 axis=Axis(**axis) if (axis := data.pop("axis")) else None,
                 galleries=tuple(one for one in galleries if all(getattr(one, name).is_file() for name in _IMAGES)),
                 **data,
@@ -125,7 +129,7 @@ def read_answers(out: Path) -> list[Answer]:
 
 
 def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Path]:
-    """Write ``index.html`` (with ``images/``) and ``report.md`` of these answers into ``to``; return their paths."""
+    """Write the site and ``report.md`` of these answers into ``to``; return their paths."""
     chapters, parts = [], []
     for answer in answers:
         table = answer.per_image(out)
@@ -142,6 +146,7 @@ def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Pa
                 answer.notes,
                 answer.orderings,
                 answer.table,
+                answer.pictures,
             )
         )
         parts.append(_markdown(answer, ranking))

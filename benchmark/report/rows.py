@@ -1,8 +1,8 @@
-"""From finished stages to the leaderboard: rows, the terminal's table, ``leaderboard.json`` and ``index.html``."""
+"""From finished stages to the leaderboard: rows, the terminal's table, ``leaderboard.json`` and the site."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmark.config import Variant
-from benchmark.graph import Stage
+from benchmark.config import PRESETS, Variant
+from benchmark.graph import Stage, flat
 from benchmark.official import PREFIX, credit
 from benchmark.report.answers import Answer
 from benchmark.stages import METHOD, VariantStages, image_name, seen_name
@@ -34,9 +34,11 @@ from leaderboard import (
 from leaderboard.orderings import orderings
 from leaderboard.published import published
 from leaderboard.results import RESULTS, write_result
+from leaderboard.site import SHOWN, telling
+from leaderboard.statistics import scores as arranged
 from metrics.protocols import PROTOCOLS, Protocol
 
-GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
+PICTURES = 96  # of each subject: the first in the order of the test set, then those on which variants differ most
 BRANCHES = {"lowlevel": "low-level image alone", "semantic": "semantic image alone", "combined": "both branches"}
 
 
@@ -86,6 +88,8 @@ def write_report(
     tables.append(_scores(store, stages[main].references, reference_names))
     per_image = pa.concat_tables(tables)
     intervals = summarise(per_image)
+    notes = {key: protocol.describe(key) for key in protocol.slots}
+    answered = sweep.answered()
     common: dict[str, Any] = {
         "track": variants[main].track,
         "protocol": protocol.name,
@@ -93,6 +97,7 @@ def write_report(
         "subjects": tuple(about["subjects"]),
         "seeds": (variants[main].seed,),
         "n_images": about["n_images"],
+        "judges": notes,
     }
     rows = []
     for name, own in stages.items():
@@ -107,6 +112,9 @@ def write_report(
                 manifest=_manifest(store, own, variants[name]),
                 source=_relative(folder, out),
                 notes=credited[name][1],
+                data=_amount(variants[name]),
+                answers=answered.get(name, ""),
+                **_settings(variants[name]),
                 **common,
             )
         )
@@ -119,6 +127,8 @@ def write_report(
                 kind="branch",
                 metrics=intervals[method, variant],
                 source=source,
+                data=_amount(variants[main]),
+                **_settings(variants[main]),
                 **common,
             )
         )
@@ -148,21 +158,23 @@ def write_report(
     scored = set(intervals)
     for row in rows:
         write_result(folder / RESULTS, row, per_image if row.key in scored else None)
-    notes = {key: protocol.describe(key) for key in protocol.slots}
     first: dict[str, str] = {}  # whose images these are: the same images are shown once
     for name, own in stages.items():
         first.setdefault(own.reconstruct.fingerprint, name)
-    galleries = [g for name in first.values() for g in _galleries(store, stages[name], name)]
-    axis = Axis(
-        sweep.axis.name, {sweep.variant(v): float(v) for v in sweep.axis.values if _is_number(v)}, log=sweep.axis.log
-    )
+    shown = _shown(per_image, [keys[name] for name in stages])
+    galleries = [g for name in first.values() for g in _galleries(store, stages[name], name, shown)]
+    pictures = {n: (first[own.reconstruct.fingerprint], str(variants[n].score.images)) for n, own in stages.items()}
+    main_images = first[stages[main].reconstruct.fingerprint]
+    pictures |= {variant: (main_images, kind) for kind, (_, variant) in branch_names.items()}
+    axis = _axis(sweep, stages)
     ranking = build(
         folder,
         rows,
         per_image,
         galleries,
-        axis if axis.values else None,
+        axis,
         notes,
+        pictures,
         title=sweep.title,
         about=sweep.question,
     )
@@ -178,8 +190,9 @@ def write_report(
         notes=notes,
         sentences=sentences,
         orderings=found,
-        axis=axis if axis.values else None,
+        axis=axis,
         galleries=tuple(galleries),
+        pictures=pictures,
     ).save(out)
     return Report(ranking, notes, sentences, folder / "index.html", found)
 
@@ -274,17 +287,47 @@ def _manifest(store: Store, stages: VariantStages, variant: Variant) -> Manifest
     )
 
 
-def _galleries(store: Store, stages: VariantStages, name: str) -> list[Gallery]:
+def _axis(sweep: Sweep, names: Collection[str]) -> Axis | None:
+    """Return what the sweep varied: numbers at their place, anything else side by side; None of a single variant."""
+    values = {sweep.variant(value): value for value in sweep.axis.values if sweep.variant(value) in names}
+    if len(values) < 2:
+        return None
+    if all(_is_number(value) for value in values.values()):
+        return Axis(sweep.axis.name, {name: float(value) for name, value in values.items()}, log=sweep.axis.log)
+    places = {name: float(place) for place, name in enumerate(values)}
+    return Axis(sweep.axis.name, places, log=False, labels={name: str(value) for name, value in values.items()})
+
+
+def _amount(variant: Variant) -> str:
+    """Return how much fMRI of the test subject a variant trained on, as published rows say it."""
+    return variant.transfer.amount if variant.transfer.subject is not None else "full"
+
+
+def _settings(variant: Variant) -> dict[str, Any]:
+    """Return all settings, and what the preset has in the place of those that differ."""
+    config = flat(variant.model_dump(mode="json"))
+    preset = flat(PRESETS.get(variant.track, PRESETS["paper"])().model_dump(mode="json"))
+    return {"config": config, "changed": {k: preset.get(k) for k, v in config.items() if preset.get(k) != v}}
+
+
+def _shown(per_image: pa.Table, keys: Sequence[tuple[str, str]]) -> list[str]:
+    """Return ids of the images that the site has pictures of, those that it shows as they come first."""
+    data = arranged(per_image)
+    order = [*range(min(SHOWN, len(data.image_ids))), *telling(data, keys)]
+    return [data.image_ids[place] for place in list(dict.fromkeys(order))[:PICTURES]]
+
+
+def _galleries(store: Store, stages: VariantStages, name: str, shown: Sequence[str]) -> list[Gallery]:
     folder = store.folder(stages.reconstruct)
     index = np.load(folder / "index.npy")
     table = pq.read_table(
         store.folder(stages.score) / "scores.parquet", filters=[("metric", "=", "PixCorr")]
     ).to_pylist()
     pixcorr = {(row["subject"], row["image_id"], row["variant"]): row["value"] for row in table}
-    shown = np.unique(index[:, 1])[:GALLERY_IMAGES]
+    there = sorted(index.tolist(), key=lambda one: shown.index(str(one[1])) if str(one[1]) in shown else -1)
     galleries = []
-    for subject, image in index.tolist():
-        if image not in shown:
+    for subject, image in there:
+        if str(image) not in shown:
             continue
         file = image_name(subject, image)
         galleries.append(
