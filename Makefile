@@ -14,10 +14,10 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo quick lint format test test-slow test-slurm lock clean
+.PHONY: help install demo quick lint format test test-slow test-slurm test-browser lock clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP)  ## create .venv and install the pinned packages and this project (about 6 GB)
 
@@ -40,11 +40,15 @@ test: install lint  ## lint, then all tests but the slow ones
 	$(PYTEST) --durations=15 $(ARGS)
 
 test-slow: install  ## the slow tests
-	$(PYTEST) --durations=15 -m 'slow and not slurm' $(ARGS)
+	$(PYTEST) --durations=15 -m 'slow and not slurm and not browser' $(ARGS)
 
 test-slurm: install  ## tests on a real Slurm (Debian, root; installs its packages); the slow ones too: ARGS="-m slurm"
 	@$(BIN)/python tests/slurm/cluster.py install
 	$(ONE_THREAD) $(BIN)/python -m pytest -m 'slurm and not slow' tests/slurm --durations=15 $(ARGS)
+
+test-browser: install  ## the site's tests in a real Chromium (Debian's; as root it is installed)
+	@$(BIN)/python tests/browser/chromium.py install
+	$(ONE_THREAD) $(BIN)/python -m pytest -m browser tests/browser --durations=5 $(ARGS)
 
 lock:  ## resolve pyproject.toml into requirements.lock (needs uv); upgrade with ARGS=--upgrade
 	@command -v $(UV) >/dev/null || { echo "error: make lock needs uv (pip install uv, or make lock UV=/path/to/uv)" >&2; exit 1; }

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--data", metavar="AMOUNT", help="only published rows of this amount of fMRI, e.g. 1h")
     show.add_argument("--format", choices=FORMATS, default="terminal", help="how to write them (default: terminal)")
 
-    build = command("build", "gather the rows of several runs into one leaderboard with its page")
+    build = command("build", "gather the rows of several runs into one leaderboard with its site")
     build.add_argument("paths", metavar="PATH", nargs="+", type=Path, help=where)
     build.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the leaderboard goes")
     build.add_argument("--title", default="Leaderboard", help="heading of the page")
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add.add_argument("--method", metavar="NAME", help="the method's name (scores.json only)")
     add.add_argument("--variant", metavar="NAME", default="", help="the variant's name, where a method has several")
+    add.add_argument("--data", metavar="AMOUNT", default="", help="fMRI of the test subject it trained on, e.g. 1h")
     add.add_argument("--source", dest="origin", metavar="TEXT", help="where it comes from (default: the file's path)")
     return p
 

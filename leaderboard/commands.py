@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from leaderboard import formats
-from leaderboard.publish import build as build_leaderboard
 from leaderboard.published import PublishedRow, read_published
 from leaderboard.ranking import group, rank
 from leaderboard.results import RESULTS, Result, find, read_results, write_result
-from leaderboard.schema import Interval, Manifest, Row, row_id, write_atomically
+from leaderboard.schema import Interval, Manifest, Row, row_id, write_leaderboard
+from leaderboard.site import Chapter, build_report
 from leaderboard.statistics import compare, scores
 from leaderboard.table import markdown, print_table
 from metrics.cards import CARDS
@@ -66,23 +66,25 @@ def show(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Gather rows with their scores into ``--out``: a page for each track and protocol hash."""
+    """Gather rows with their scores into ``--out``: one site, with a table for each track and protocol hash."""
     found = groups(gather(args.paths))
+    chapters = []
     for results in found:
         for result in results:
             write_result(args.out / RESULTS, result.row, result.per_image())
-    written = []
-    for results in found:
-        row = results[0].row
-        folder = args.out if len(found) == 1 else args.out / f"{row.track}-{row.protocol}-{row.protocol_hash[:8]}"
-        build_leaderboard(folder, [result.row for result in results], per_image(results), title=args.title)
-        written.append((folder, row, len(results)))
-    if len(found) > 1:
-        write_atomically(args.out / "index.html", _index(args.title, args.out, written).encode())
-    for folder, row, count in written:
+        row, table = results[0].row, per_image(results)
+        data = None if table is None else scores(table, row.track)
+        ranking = rank([result.row for result in results], data)
+        title = f"{row.track} track, protocol {row.protocol} ({row.protocol_hash[:8]})"
+        chapters.append(Chapter(ranking, args.title if len(found) == 1 else title, per_image=data))
+    about = "Rows of different tracks or protocols are never ranked together: each has a table of its own."
+    page = build_report(args.out, chapters, title=args.title, about=about)
+    write_leaderboard(args.out / "leaderboard.json", (row for chapter in chapters for row in chapter.ranking.rows))
+    for chapter in chapters:
+        ranking = chapter.ranking
         print(
-            f"{folder / 'index.html'}: {count} rows of the {row.track} track, protocol {row.protocol} "
-            f"({row.protocol_hash[:8]})"
+            f"{page}: {len(ranking.rows)} rows of the {ranking.track} track, protocol {ranking.protocol} "
+            f"({ranking.protocol_hash[:8]})"
         )
 
 
@@ -214,8 +216,8 @@ def _incoming(args: argparse.Namespace) -> list[Result]:
             ) from error
         if isinstance(data, dict) and "schema_version" not in data:
             return [_from_scores(data, args)]
-    if args.method or args.variant or args.per_image:
-        raise ValueError("--method, --variant and --per-image are for a scores.json; rows of a run have theirs")
+    if args.method or args.variant or args.per_image or args.data:
+        raise ValueError("--method, --variant, --data and --per-image are for a scores.json; rows of a run have theirs")
     return [result for result in read_results(source) if result.row.kind == "method"]
 
 
@@ -250,6 +252,8 @@ def _from_scores(data: Mapping[str, Any], args: argparse.Namespace) -> Result:
             ),
             source=args.origin or str(source),
             notes="; ".join(data.get("notes") or ()),
+            data=args.data,
+            judges=data.get("judges") or {},
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{source}: not the scores of python -m benchmark.score ({_first_line(error)})") from error
@@ -310,20 +314,3 @@ def _first_line(error: Exception) -> str:
 
 def _wanted(value: str, chosen: str | None) -> bool:
     return chosen is None or value == chosen
-
-
-def _index(title: str, out: Path, written: Sequence[tuple[Path, Row, int]]) -> str:
-    from html import escape
-
-    items = "".join(
-        f'<li><a href="{escape(folder.relative_to(out).as_posix())}/index.html">{escape(row.track)} track, protocol '
-        f"{escape(row.protocol)} ({row.protocol_hash[:8]})</a>: {count} rows</li>\n"
-        for folder, row, count in written
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        "<p>Rows of different tracks or protocols are never ranked together: each has a page of its own.</p>\n"
-        f"<ul>\n{items}</ul>\n</body>\n</html>\n"
-    )

@@ -20,7 +20,7 @@ from leaderboard.ranking import Entry, Ranking
 from leaderboard.results import Result
 from leaderboard.schema import Interval, Row, row_id
 from leaderboard.statistics import Comparison
-from leaderboard.table import PLAIN_WIDTH, bounds, sections
+from leaderboard.table import PLAIN_WIDTH, bounds, judges, sections
 from metrics.cards import CARDS, KEYS, format_value
 
 UNKNOWN = "unknown"
@@ -36,6 +36,7 @@ def as_json(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str
             "protocol": ranking.protocol,
             "protocol_hash": ranking.protocol_hash,
             "sentence": ranking.sentence,
+            "judges": judges(ranking.rows),
             "rows": [
                 {"id": row_id(entry.row), **_place(entry), **entry.row.model_dump(mode="json")}
                 for entry in _all(ranking)
@@ -52,11 +53,13 @@ def as_csv(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
     head = ["id", "kind", "track", "protocol", "protocol_hash", "method", "variant", "data", "subjects", "n_images"]
     head += ["place", "tied", "rank", "rank_low", "rank_high", "mean_rank"]
     used = {*KEYS, *(key for ranking in rankings for key in ranking.metrics)}
-    head += [column for key in CARDS if key in used for column in (key, f"{key} low", f"{key} high")] + ["source"]
+    head += [column for key in CARDS if key in used for column in (key, f"{key} low", f"{key} high")]
+    head += ["source", "judges"]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, head, lineterminator="\n", restval="")
     writer.writeheader()
     for ranking in rankings:
+        filled = "; ".join(f"{key}: {told}" for key, told in judges(ranking.rows).items())
         for entry in _all(ranking):
             row = entry.row
             line = {
@@ -67,9 +70,11 @@ def as_csv(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
                 "protocol_hash": row.protocol_hash,
                 "method": row.method,
                 "variant": row.variant,
+                "data": row.data,
                 "subjects": " ".join(map(str, row.subjects)),
                 "n_images": row.n_images,
                 "source": row.source,
+                "judges": filled,
                 **{key: "" if value is None else value for key, value in _place(entry).items() if key != "p_best"},
             }
             for key, value in row.metrics.items():
@@ -98,7 +103,7 @@ def as_csv(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
 def as_latex(rankings: Sequence[Ranking], printed: Sequence[PublishedRow]) -> str:
     """Return tables for a paper (package ``booktabs``): best of each column in bold, 95 % intervals small beside."""
     tables = [_latex_ranking(ranking) for ranking in rankings]
-    tables += [_latex_published(protocol, rows) for protocol, rows in _by_protocol(printed)]
+    tables += [_latex_published(protocol, rows) for protocol, rows in by_protocol(printed)]
     return "% \\usepackage{booktabs}\n" + "\n".join(tables)
 
 
@@ -121,11 +126,12 @@ def _latex_ranking(ranking: Ranking) -> str:
                 cells.append(shown + (rf" {{\tiny {interval}}}" if interval else ""))
             lines.append(f"{entry.shown_place} & {_escaped(ranking.name(row))} & " + " & ".join(cells) + r" \\")
     caption = f"{ranking.track} track, protocol {ranking.protocol} ({ranking.protocol_hash[:8]}). {ranking.sentence}."
+    caption += "".join(f" {key}: {told}." for key, told in judges(ranking.rows).items())
     return _latex_table(["", "variant"], ranking.metrics, lines, caption)
 
 
 def _latex_published(protocol: str, rows: Sequence[PublishedRow]) -> str:
-    metrics = _metrics(rows)
+    metrics = published_metrics(rows)
     lines = []
     for row in rows:
         shown = (_escaped(row.cell(key)) or "--" for key in metrics)
@@ -157,9 +163,9 @@ def _latex_table(lead: Sequence[str], metrics: Sequence[str], lines: Sequence[st
 def published_markdown(printed: Sequence[PublishedRow]) -> str:
     """Return published rows as Markdown, a table for each protocol."""
     parts = []
-    for protocol, rows in _by_protocol(printed):
-        metrics = _metrics(rows)
-        parts.append(f"**{_title(protocol)}**\n")
+    for protocol, rows in by_protocol(printed):
+        metrics = published_metrics(rows)
+        parts.append(f"**{published_title(protocol)}**\n")
         parts.append(
             "| method | data | images | " + " | ".join(f"{m} {CARDS[m].arrow}" for m in metrics) + " | source |"
         )
@@ -177,8 +183,8 @@ def published_markdown(printed: Sequence[PublishedRow]) -> str:
 def print_published(printed: Sequence[PublishedRow], console: Console | None = None) -> None:
     """Print published rows, a table for each protocol, with where each number was read."""
     console = _console(console)
-    for protocol, rows in _by_protocol(printed):
-        metrics = _metrics(rows)
+    for protocol, rows in by_protocol(printed):
+        metrics = published_metrics(rows)
         sources = list(dict.fromkeys(row.source for row in rows))
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         table.add_column("id", overflow="fold", max_width=24)
@@ -196,7 +202,7 @@ def print_published(printed: Sequence[PublishedRow], console: Console | None = N
             table.add_row(
                 *map(Text, (row.id, row.name, row.data, str(row.test_images or "?"), *cells, place)),
             )
-        console.print(Text(_title(protocol), style="bold"))
+        console.print(Text(published_title(protocol), style="bold"))
         console.print(table)
         for number, source in enumerate(sources, 1):
             console.print(Text(f"[{number}] {source}", style="dim"))
@@ -311,7 +317,9 @@ def _place(entry: Entry) -> dict[str, float | int | None]:
     return {name: getattr(entry, name) for name in names}
 
 
-def _by_protocol(rows: Sequence[PublishedRow]) -> list[tuple[str, list[PublishedRow]]]:
+def by_protocol(rows: Sequence[PublishedRow]) -> list[tuple[str, list[PublishedRow]]]:
+    """Sort published rows by protocol, in order of appearance, the unknown one last."""
+
     def protocol(row: PublishedRow) -> str:
         return row.protocol or UNKNOWN
 
@@ -321,13 +329,15 @@ def _by_protocol(rows: Sequence[PublishedRow]) -> list[tuple[str, list[Published
     return [(name, list(own)) for name, own in groupby(ordered, protocol)]
 
 
-def _title(protocol: str) -> str:
+def published_title(protocol: str) -> str:
+    """Return what stands above the published rows of a protocol."""
     if protocol == UNKNOWN:
         return "as printed, under a protocol that is not known (these rows compare with nothing)"
     return f"as printed, under protocol {protocol}"
 
 
-def _metrics(rows: Sequence[PublishedRow]) -> list[str]:
+def published_metrics(rows: Sequence[PublishedRow]) -> list[str]:
+    """Return the metrics that any of the rows has, in canonical order."""
     return [key for key in CARDS if any(key in row.metrics for row in rows)]
 
 

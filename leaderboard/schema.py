@@ -15,7 +15,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from metrics.cards import CARDS, unknown_metrics
 
@@ -83,6 +92,13 @@ class Row(_Record):
     source: Annotated[str, Field(min_length=1, description="where the row comes from: a run folder, a paper")]
     kind: Literal["method", "reference", "branch"] = "method"
     notes: str = ""
+    data: str = Field("", description="fMRI of the test subject that was trained on, e.g. '1h', 'full'; as published")
+    answers: str = Field("", description="id of the published row that this one repeats")
+    judges: dict[str, str] = Field(default_factory=dict, description="metric key -> the network that fills it")
+    config: dict[str, JsonValue] = Field(default_factory=dict, description="dotted name of a setting -> its value")
+    changed: dict[str, JsonValue] = Field(
+        default_factory=dict, description="dotted name of a setting that is not its preset's -> the preset's value"
+    )
 
     @field_validator("metrics")
     @classmethod

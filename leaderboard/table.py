@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -19,6 +19,7 @@ PLAIN_WIDTH = 120
 INTERVALS = "95 % intervals: bootstrap over subjects and images."
 TIES = "=: tied, the intervals of their ranks overlap; the order is that of the mean ranks."
 
+_UNSAID = "a stand-in, not named"
 _LEAD_COLUMNS = 13  # rank, mean rank and the gaps beside them
 _LONGEST_NAME = 18
 
@@ -28,6 +29,16 @@ def sections(ranking: Ranking) -> Iterator[tuple[str, list[Entry]]]:
     yield "", list(ranking.entries)
     yield "one branch alone (not ranked)", [Entry(row) for row in ranking.branches]
     yield "reference (not ranked)", [Entry(row) for row in ranking.references]
+
+
+def judges(rows: Iterable[Row]) -> dict[str, str]:
+    """Return metric key -> what fills it, as the rows say; on a track of stand-ins none is left unsaid."""
+    told: dict[str, str] = {}
+    for row in rows:
+        told |= row.judges
+        if row.track == "demo":
+            told |= {key: _UNSAID for key in row.metrics if CARDS[key].network and key not in told}
+    return {key: told[key] for key in CARDS if key in told}
 
 
 def footnotes(ranking: Ranking, notes: Mapping[str, str]) -> list[str]:
@@ -64,19 +75,21 @@ def print_table(ranking: Ranking, notes: Mapping[str, str] | None = None, consol
     Args:
         ranking: what to print.
         notes: metric key -> what stands in for its network, e.g. ``{"CLIP": "stand-in EfficientNet-Lite2, pooled"}``;
-            other keys are printed as they are.
+            comes before what the rows say (:func:`judges`).
         console: where to print; default the standard output.
     """
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console = Console(file=console.file, width=PLAIN_WIDTH, highlight=False, no_color=True)
-    console.print(_renderable(ranking, notes or {}, console.width), markup=False)
+    console.print(_renderable(ranking, judges(ranking.rows) | dict(notes or {}), console.width), markup=False)
 
 
 def text(ranking: Ranking, notes: Mapping[str, str] | None = None, width: int = PLAIN_WIDTH) -> str:
     """Return the table as plain text."""
     buffer = io.StringIO()
-    Console(file=buffer, width=width, highlight=False).print(_renderable(ranking, notes or {}, width), markup=False)
+    Console(file=buffer, width=width, highlight=False).print(
+        _renderable(ranking, judges(ranking.rows) | dict(notes or {}), width), markup=False
+    )
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
@@ -227,7 +240,7 @@ def markdown(ranking: Ranking, notes: Mapping[str, str] | None = None) -> str:
                 cells.append((f"**{mean}**" if row.key in best[key] else mean) + (f" [{interval}]" if interval else ""))
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", escape_markdown(ranking.sentence), ""]
-    lines += [f"- {escape_markdown(line)}" for line in footnotes(ranking, notes or {})]
+    lines += [f"- {escape_markdown(line)}" for line in footnotes(ranking, judges(ranking.rows) | dict(notes or {}))]
     return "\n".join(lines) + "\n"
 
 

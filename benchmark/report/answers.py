@@ -56,6 +56,7 @@ class Answer:
         differences: of every variant from the main one.
         axis: what was varied, where it is a number.
         galleries: seen and reconstructed images.
+        pictures: whose images a row's scores are of, as in :class:`leaderboard.site.Chapter`.
     """
 
     sweep: str
@@ -69,6 +70,7 @@ class Answer:
     differences: tuple[Difference, ...] = ()
     axis: Axis | None = None
     galleries: tuple[Gallery, ...] = ()
+    pictures: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def save(self, out: Path) -> Path:
         """Write the answer under a run's folder ``out``; image paths are kept relative to it where they can be."""
@@ -83,6 +85,7 @@ class Answer:
             "differences": [asdict(one) for one in self.differences],
             "axis": None if self.axis is None else {**asdict(self.axis), "values": dict(self.axis.values)},
             "galleries": [_relative(one, out) for one in self.galleries],
+            "pictures": self.pictures,
         }
         write_json(folder / FILE, data)
         return folder / FILE
@@ -105,6 +108,7 @@ class Answer:
                 orderings=tuple(Ordering(**one) for one in data.pop("orderings")),
                 differences=tuple(Difference(**one) for one in data.pop("differences", ())),
                 sentences=tuple(data.pop("sentences")),
+                pictures={name: (own, column) for name, (own, column) in data.pop("pictures", {}).items()},
                 axis=Axis(**axis) if (axis := data.pop("axis")) else None,
                 galleries=tuple(one for one in galleries if all(getattr(one, name).is_file() for name in _IMAGES)),
                 **data,
@@ -114,6 +118,11 @@ class Answer:
             raise UserError(
                 f"{path}: not a sweep's answer ({short}); run the sweep again, its results are kept"
             ) from error
+
+    def shown(self) -> dict[str, tuple[str, str]]:
+        """Return variant -> gallery and column of its images, of all that were trained or stand for an upper bound."""
+        branches = {row.variant for row in self.rows if row.kind == "branch"}
+        return {variant: place for variant, place in self.pictures.items() if variant not in branches}
 
     def per_image(self, out: Path) -> pa.Table | None:
         """Return the per-image scores of all rows that have some; None where none has."""
@@ -140,7 +149,7 @@ def read_answers(out: Path) -> list[Answer]:
 
 
 def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Path]:
-    """Write ``index.html`` (with ``images/``) and ``report.md`` (with ``grids/``) into ``to``; return their paths."""
+    """Write the site and ``report.md`` (with ``grids/``) of these answers into ``to``; return their paths."""
     chapters, parts = [], []
     for answer in answers:
         table = answer.per_image(out)
@@ -157,6 +166,7 @@ def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Pa
                 answer.notes,
                 answer.orderings,
                 answer.table,
+                answer.pictures,
             )
         )
         parts.append(_markdown(answer, ranking, _write_grid(answer, to)))
@@ -185,7 +195,7 @@ def _about(answers: Sequence[Answer]) -> str:
 def _write_grid(answer: Answer, to: Path) -> str:
     """Write what the variants make of the first test images; return the file's path within ``to``, or nothing."""
     try:
-        picture = grid(answer.galleries)
+        picture = grid(answer.galleries, answer.shown())
     except ValueError as error:
         raise UserError(str(error)) from error
     if picture is None:
@@ -226,7 +236,6 @@ def _relative(one: Gallery, out: Path) -> dict[str, Any]:
         "variant": one.variant,
         "subject": one.subject,
         "image_id": one.image_id,
-        "shown": one.shown,
         "pixcorr": dict(one.pixcorr),
     } | images
 

@@ -42,14 +42,15 @@ def contact_sheet(rows: Mapping[str, np.ndarray], cell: int = 76, columns: int |
     return sheet
 
 
-def grid(galleries: Sequence[Gallery], count: int = 8) -> Image.Image | None:
+def grid(galleries: Sequence[Gallery], variants: Mapping[str, tuple[str, str]], count: int = 8) -> Image.Image | None:
     """Show the first test images of the first subject as seen, and what each variant makes of them.
 
-    A sweep with one set of reconstructions shows its branches instead (Fig. 6).
+    A single variant is shown by its branches instead (Fig. 6).
 
     Args:
-        galleries: of a sweep; of several variants those images are shown that all of them have.
-        count: images side by side at most, in the order of the test set; none is selected.
+        galleries: of a sweep; those images are shown that all of them have.
+        variants: name -> whose gallery and which of its columns, as of :class:`leaderboard.site.Chapter`.
+        count: images side by side at most, in the order given; none is selected.
 
     Returns:
         The grid, or None where there is nothing to show.
@@ -60,22 +61,22 @@ def grid(galleries: Sequence[Gallery], count: int = 8) -> Image.Image | None:
     if not galleries:
         return None
     subject = min(one.subject for one in galleries)
-    by_variant: dict[str, dict[int | str, Gallery]] = {}
+    by_owner: dict[str, dict[int | str, Gallery]] = {}
     for one in galleries:
         if one.subject == subject:
-            by_variant.setdefault(one.variant, {})[one.image_id] = one
-    own = next(iter(by_variant.values()))
-    shown = [image for image in own if all(image in images for images in by_variant.values())][:count]
+            by_owner.setdefault(one.variant, {})[one.image_id] = one
+    owner, first = next(iter(by_owner.items()))
+    shown = [image for image in first if all(image in images for images in by_owner.values())][:count]
     if not shown:
         return None
 
-    def row(images: Mapping[int | str, Gallery], kind: str) -> np.ndarray:
-        return np.stack([_pixels(images[image], kind) for image in shown])
+    def row(owner: str, kind: str) -> np.ndarray:
+        return np.stack([_pixels(by_owner[owner][image], kind) for image in shown])
 
-    if len(by_variant) == 1:
-        return contact_sheet({title: row(own, kind) for kind, title in TITLES.items()})
-    made = {variant: row(images, images[shown[0]].shown) for variant, images in by_variant.items()}
-    return contact_sheet({TITLES["seen"]: row(own, "seen"), **made})
+    made = {name: place for name, place in variants.items() if place[0] in by_owner and place[1] in TITLES}
+    if len(made) < 2:
+        return contact_sheet({title: row(owner, kind) for kind, title in TITLES.items()})
+    return contact_sheet({TITLES["seen"]: row(owner, "seen"), **{name: row(*place) for name, place in made.items()}})
 
 
 def _pixels(one: Gallery, kind: str) -> np.ndarray:

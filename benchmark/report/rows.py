@@ -1,8 +1,8 @@
-"""From finished stages to the leaderboard: rows, the terminal's table, ``leaderboard.json`` and ``index.html``."""
+"""From finished stages to the leaderboard: rows, the terminal's table, ``leaderboard.json`` and the site."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmark.config import Variant
-from benchmark.graph import Stage
+from benchmark.config import PRESETS, Variant
+from benchmark.graph import Stage, flat
 from benchmark.official import PREFIX, credit
 from benchmark.report.answers import Answer
-from benchmark.stages import KINDS, METHOD, VariantStages, image_name, seen_name
+from benchmark.stages import METHOD, VariantStages, image_name, seen_name
 from benchmark.store import MANIFEST, Store, read_json
 from benchmark.sweeps import Sweep
 from leaderboard import (
@@ -34,10 +34,12 @@ from leaderboard import (
 from leaderboard.orderings import Difference, differences, orderings
 from leaderboard.published import published
 from leaderboard.results import RESULTS, write_result
+from leaderboard.site import SHOWN, telling
 from leaderboard.statistics import Key
+from leaderboard.statistics import scores as arranged
 from metrics.protocols import Protocol, get_protocol
 
-GALLERY_IMAGES = 12  # of each subject, the first in the order of the test set
+PICTURES = 96  # of each subject: the first in the order of the test set, then those on which variants differ most
 BRANCHES = {"lowlevel": "low-level image alone", "semantic": "semantic image alone", "combined": "both branches"}
 
 
@@ -98,12 +100,15 @@ def write_report(
     tables += [_scores(store, one.stages.references, reference_names) for one in trainings[main]]
     per_image = pa.concat_tables(tables)
     intervals = summarise(per_image)
+    notes = {key: protocol.describe(key) for key in (*protocol.slots, *(slot.key for slot in protocol.pixels))}
+    answered = sweep.answered()
     common: dict[str, Any] = {
         "track": variants[main].track,
         "protocol": protocol.name,
         "protocol_hash": about["protocol_hash"],
         "subjects": tuple(about["subjects"]),
         "n_images": about["n_images"],
+        "judges": notes,
     }
     seeds = {name: tuple(one.variant.seed for one in own) for name, own in trainings.items()}
     rows = []
@@ -120,6 +125,9 @@ def write_report(
                 manifest=_manifest(store, own[0]),
                 source=_relative(folder, out),
                 notes=credited[name][1],
+                data=_amount(variants[name]),
+                answers=answered.get(name, ""),
+                **_settings(variants[name]),
                 **common,
             )
         )
@@ -133,6 +141,8 @@ def write_report(
                 metrics=intervals[method, variant],
                 seeds=seeds[main],
                 source=source,
+                data=_amount(variants[main]),
+                **_settings(variants[main]),
                 **common,
             )
         )
@@ -164,23 +174,23 @@ def write_report(
     scored = set(intervals)
     for row in rows:
         write_result(folder / RESULTS, row, per_image if row.key in scored else None)
-    notes = {key: protocol.describe(key) for key in (*protocol.slots, *(slot.key for slot in protocol.pixels))}
     first: dict[str, str] = {}  # whose images these are: the same images are shown once
     for name, finished in stages.items():
         first.setdefault(finished.reconstruct.fingerprint, name)
-    galleries = [
-        g for name in first.values() for g in _galleries(store, stages[name], name, variants[name].score.images)
-    ]
-    places = {sweep.variant(value): sweep.axis.position(value) for value in sweep.axis.values}
-    known = {name: place for name, place in places.items() if place is not None}
-    axis = Axis(sweep.axis.unit or sweep.axis.name, known, log=sweep.axis.log)
+    shown = _shown(per_image, [keys[name] for name in stages])
+    galleries = [g for name in first.values() for g in _galleries(store, stages[name], name, shown)]
+    pictures = {n: (first[own.reconstruct.fingerprint], str(variants[n].score.images)) for n, own in stages.items()}
+    main_images = first[stages[main].reconstruct.fingerprint]
+    pictures |= {variant: (main_images, kind) for kind, (_, variant) in branch_names.items()}
+    axis = _axis(sweep, stages)
     ranking = build(
         folder,
         rows,
         per_image,
         galleries,
-        axis if axis.values else None,
+        axis,
         notes,
+        pictures,
         title=sweep.title,
         about=sweep.question,
     )
@@ -199,8 +209,9 @@ def write_report(
         sentences=sentences,
         orderings=found,
         differences=apart,
-        axis=axis if axis.values else None,
+        axis=axis,
         galleries=tuple(galleries),
+        pictures=pictures,
     )
     answer.save(out)
     return Report(ranking, notes, sentences, folder / "index.html", answer, found, apart)
@@ -305,17 +316,49 @@ def _manifest(store: Store, training: Training) -> Manifest:
     )
 
 
-def _galleries(store: Store, stages: VariantStages, name: str, scored: str) -> list[Gallery]:
+def _axis(sweep: Sweep, names: Collection[str]) -> Axis | None:
+    """Return what the sweep varied: values at their place, or side by side; None of a single variant."""
+    values = {sweep.variant(value): value for value in sweep.axis.values if sweep.variant(value) in names}
+    if len(values) < 2:
+        return None
+    places = {name: sweep.axis.position(value) for name, value in values.items()}
+    known = {name: place for name, place in places.items() if place is not None}
+    if len(known) == len(values):
+        return Axis(sweep.axis.unit or sweep.axis.name, known, log=sweep.axis.log)
+    side_by_side = {name: float(place) for place, name in enumerate(values)}
+    return Axis(sweep.axis.name, side_by_side, log=False, labels={name: str(value) for name, value in values.items()})
+
+
+def _amount(variant: Variant) -> str:
+    """Return how much fMRI of the test subject a variant trained on, as published rows say it."""
+    return variant.transfer.amount if variant.transfer.subject is not None else "full"
+
+
+def _settings(variant: Variant) -> dict[str, Any]:
+    """Return all settings, and what the preset has in the place of those that differ."""
+    config = flat(variant.model_dump(mode="json"))
+    preset = flat(PRESETS.get(variant.track, PRESETS["paper"])().model_dump(mode="json"))
+    return {"config": config, "changed": {k: preset.get(k) for k, v in config.items() if preset.get(k) != v}}
+
+
+def _shown(per_image: pa.Table, keys: Sequence[tuple[str, str]]) -> list[str]:
+    """Return ids of the images that the site has pictures of, those that it shows as they come first."""
+    data = arranged(per_image)
+    order = [*range(min(SHOWN, len(data.image_ids))), *telling(data, keys)]
+    return [data.image_ids[place] for place in list(dict.fromkeys(order))[:PICTURES]]
+
+
+def _galleries(store: Store, stages: VariantStages, name: str, shown: Sequence[str]) -> list[Gallery]:
     folder = store.folder(stages.reconstruct)
     index = np.load(folder / "index.npy")
     table = pq.read_table(
         store.folder(stages.score) / "scores.parquet", filters=[("metric", "=", "PixCorr")]
     ).to_pylist()
     pixcorr = {(row["subject"], row["image_id"], row["variant"]): row["value"] for row in table}
-    shown = np.unique(index[:, 1])[:GALLERY_IMAGES]
+    there = sorted(index.tolist(), key=lambda one: shown.index(str(one[1])) if str(one[1]) in shown else -1)
     galleries = []
-    for subject, image in index.tolist():
-        if image not in shown:
+    for subject, image in there:
+        if str(image) not in shown:
             continue
         file = image_name(subject, image)
         galleries.append(
@@ -327,7 +370,6 @@ def _galleries(store: Store, stages: VariantStages, name: str, scored: str) -> l
                 lowlevel=folder / "lowlevel" / file,
                 semantic=folder / "semantic" / file,
                 combined=folder / "combined" / file,
-                shown=scored if scored in KINDS else "combined",
                 pixcorr={kind: pixcorr[subject, image, kind] for kind in ("lowlevel", "semantic", "combined")},
             )
         )

@@ -104,6 +104,9 @@ class Result:
         """Return the content of ``scores.json``."""
         data: dict[str, Any] = {"protocol": self.protocol.name, **self.overall.as_json(), "manifest": dict(manifest)}
         data["track"] = self.track
+        data["judges"] = {
+            key: self.protocol.describe(key) for key in self.overall.metrics if key in self.protocol.slots
+        }
         if self.calibration:
             data["calibration"] = {name: _plain(metrics) for name, metrics in self.calibration.items()}
         if self.subsets:

@@ -79,6 +79,7 @@ def finished(out: Path, sweep: str, variants: dict[str, float]) -> Answer:
         orderings=orderings,
         axis=Axis(sweep, {v: float(k + 1) for k, v in enumerate(variants)}),
         galleries=tuple(galleries),
+        pictures={variant: (variant, "combined") for variant in variants},
     )
     answer.save(out)
     return answer
@@ -134,21 +135,25 @@ def test_a_grid_shows_what_each_variant_makes_of_the_same_images(out: Path) -> N
 
 
 def test_a_grid_shows_the_images_that_a_variant_stands_for_and_only_images_that_all_have(tmp_path: Path) -> None:
-    def one(variant: str, image: int, subject: int = 1, shown: str = "lowlevel") -> Gallery:
+    def one(variant: str, image: int, subject: int = 1) -> Gallery:
         files = {}
         for k, name in enumerate(("seen", "lowlevel", "semantic", "combined")):
             files[name] = tmp_path / f"{variant}-{subject}-{image}-{name}.png"
             Image.fromarray(np.full((8, 8, 3), 10 * image + k, np.uint8)).save(files[name])
-        return Gallery(variant, subject, image, shown=shown, **files)
+        return Gallery(variant, subject, image, **files)
+
+    def column(sheet: np.ndarray, rows: int, from_right: int) -> list[int]:
+        return sheet[[8 + 76 * k + 30 for k in range(rows)], -8 - 76 * from_right + 30, 0].tolist()
 
     galleries = [one("a", 1), one("a", 2), one("a", 3), one("b", 3), one("b", 2), one("b", 2, subject=2)]
-    sheet = np.asarray(grid(galleries))
+    sheet = np.asarray(grid(galleries, {"a": ("a", "lowlevel"), "b": ("b", "combined")}))
     assert sheet.shape[0] == 16 + 3 * 76, "seen, a, b"
-    first, second = (sheet[[8 + 76 * k + 30 for k in range(3)], -8 - 76 * j + 30, 0].tolist() for j in (2, 1))
-    assert (first, second) == ([20, 21, 21], [30, 31, 31]), "images 2 and 3, their low-level images"
-    branches = np.asarray(grid([one("a", 1)]))
-    assert branches[[8 + 76 * k + 30 for k in range(4)], -50, 0].tolist() == [10, 11, 12, 13], "all branches of one"
-    assert grid([]) is None and grid([one("a", 1), one("b", 2)]) is None
+    assert (column(sheet, 3, 2), column(sheet, 3, 1)) == ([20, 21, 23], [30, 31, 33]), "images 2 and 3"
+    branches = np.asarray(grid([one("a", 1)], {"a": ("a", "combined")}))
+    assert column(branches, 4, 1) == [10, 11, 12, 13], "all branches of one"
+    named = {"low": ("a", "lowlevel"), "both": ("a", "combined"), "refined": ("a", "semantic-refined")}
+    assert column(np.asarray(grid([one("a", 1)], named)), 3, 1) == [10, 11, 13], "variants that are branches of one"
+    assert grid([], {}) is None and grid([one("a", 1), one("b", 2)], {"a": ("a", "combined")}) is None
 
 
 def test_ranks_know_their_uncertainty_from_the_scores_beside_the_rows(out: Path) -> None:
@@ -172,11 +177,9 @@ def test_an_answer_of_the_first_schema_is_read(out: Path) -> None:
     file = out / "sweeps" / "clusters" / "answer.json"
     data = json.loads(file.read_text())
     del data["differences"]
-    for one in data["galleries"]:
-        del one["shown"]
     file.write_text(json.dumps({**data, "schema_version": 1}))
     old = read_answers(out)[0]
-    assert old.differences == () and {one.shown for one in old.galleries} == {"combined"}
+    assert old.differences == ()
     assert len(old.orderings) == 1
 
 

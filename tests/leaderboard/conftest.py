@@ -137,6 +137,6 @@ def table_of() -> Callable[..., pa.Table]:
     return long_table
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sweep() -> Callable[..., SimpleNamespace]:
     return make_sweep

@@ -116,8 +116,10 @@ def test_other_protocols_are_never_ranked_together(
     assert [len(ranking["rows"]) for ranking in data["rankings"]] == [4, 1]
     call(capsys, "build", run, tmp_path / "other", "--out", tmp_path / "board")
     index = (tmp_path / "board" / "index.html").read_text()
-    links = [folder.name for folder in (tmp_path / "board").iterdir() if (folder / "index.html").is_file()]
-    assert len(links) == 2 and all(f'href="{name}/index.html"' in index for name in links)
+    tables = index.split("<tbody data-ranked>")[1:]
+    ranked = [set(re.findall(r'data-value="(\w)"', table.split("</tbody>")[0])) for table in tables]
+    assert ranked == [{"a", "b", "c"}, {"z"}], "a table of its own for each"
+    assert index.count('data-protocol="demo"') == 2
     out, err = call(capsys, "compare", "a", "z", "--in", run, "--in", tmp_path / "other", code=2)
     assert "scored differently" in err and not out
 

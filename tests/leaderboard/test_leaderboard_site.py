@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -9,9 +10,12 @@ import pytest
 from PIL import Image
 
 import leaderboard
-from leaderboard.site import Axis, _tick_label, _ticks
+from leaderboard.schema import row_id
+from leaderboard.site import Axis
+from leaderboard.site.charts import tick_label, ticks
 from metrics.cards import CARDS
 
+FILES = ("images", "index.html", "leaderboard.json", "page.css", "page.js", "pair.html", "pair.js")
 EVIL = "<script>alert('x')</script>&\"--><b>"
 VOID = {"meta", "link", "input", "br", "img"}
 
@@ -46,18 +50,23 @@ class Page(HTMLParser):
         return [
             found
             for name, found in self.elements
-            if name == tag and all(found.get(key.rstrip("_")) == value for key, value in attributes.items())
+            if tag in (None, name) and all(found.get(key.rstrip("_")) == value for key, value in attributes.items())
         ]
 
 
-@pytest.fixture
-def built(tmp_path, sweep):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, sweep):
+    pictures = tmp_path_factory.mktemp("pictures")
     fake = sweep(pictures, {"clusters=8": 8, "clusters=64": 64, "clusters=512": 512})
-    out = tmp_path / "site"
+    out = tmp_path_factory.mktemp("made") / "site"
     ranking = leaderboard.build(out, fake.rows, fake.per_image, fake.galleries, fake.axis, fake.notes, title="A sweep")
     return out, fake, ranking
+
+
+@pytest.fixture
+def built(made, tmp_path):
+    out, fake, ranking = made
+    return shutil.copytree(out, tmp_path / "site"), fake, ranking
 
 
 def _images(page_text):
@@ -66,7 +75,8 @@ def _images(page_text):
 
 def test_build_writes_the_leaderboard_and_returns_the_ranking(built):
     out, fake, ranking = built
-    assert sorted(path.name for path in out.iterdir()) == ["images", "index.html", "leaderboard.json"]
+    runs = [f"run-{row_id(row)}.html" for row in ranking.rows]
+    assert {path.name for path in out.iterdir()} == {*FILES, *runs}
     rows = leaderboard.read_leaderboard(out / "leaderboard.json")
     assert rows == list(ranking.rows)
     assert {row.variant for row in rows} == {row.variant for row in fake.rows}
@@ -75,14 +85,33 @@ def test_build_writes_the_leaderboard_and_returns_the_ranking(built):
 
 def test_the_page_asks_for_nothing_but_its_own_images(built):
     out, *_ = built
-    text = (out / "index.html").read_text()
-    page = Page(text)
-    assert "http" not in text and "//" not in re.sub(r"(?m)^\s*//.*$|; // .*$", "", "".join(page.script))
-    assert not page.all("img") and [link["href"] for link in page.all("link")] == ["data:,"]
-    assert all("src" not in found for found in page.all("script"))
-    images = _images(text)
-    assert images and all(re.fullmatch(r"images/[0-9a-f]{20}\.png", image) for image in images)
-    assert {path.name for path in (out / "images").iterdir()} == {image.removeprefix("images/") for image in images}
+    named = set()
+    for path in out.glob("*.html"):
+        text = path.read_text()
+        page = Page(text)
+        assert "url(http" not in text and not page.all("img") and not page.all("iframe")
+        assert [link["href"] for link in page.all("link")] == ["data:,", "page.css"]
+        policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+        assert policy.startswith("default-src 'none'; script-src 'self' file:;")
+        for script in page.all("script"):
+            assert script.get("src") in ("page.js", "pair.js") or script.get("type") == "application/json"
+        for link in page.all("a"):
+            name, _, part = link["href"].partition("#")
+            assert not name or (out / name).is_file(), link["href"]
+            assert name or part == "main" or page.all(None, id=part), f"{link['href']} leads nowhere in {path.name}"
+        named |= set(_images(text))
+    data = re.search(r'id="data">(.*?)</script>', (out / "pair.html").read_text(), re.S)
+    assert {
+        name
+        for group in json.loads(data[1])
+        for row in group["rows"]
+        for name in (row["pictures"] or {"sheets": []})["sheets"]
+    } == {image.removeprefix("images/") for image in named}
+    assert named and all(re.fullmatch(r"images/[0-9a-f]{20}\.png", image) for image in named)
+    assert {path.name for path in (out / "images").iterdir()} == {image.removeprefix("images/") for image in named}
+    for name in ("page.js", "pair.js", "page.css"):
+        code = re.sub(r"(?m)^\s*//.*$|; // .*$", "", (out / name).read_text()).replace("http://www.w3.org/2000/svg", "")
+        assert "//" not in code and "fetch" not in code and "@import" not in code and "XMLHttp" not in code
 
 
 def test_images_stand_where_the_page_looks_for_them(built):
@@ -92,7 +121,11 @@ def test_images_stand_where_the_page_looks_for_them(built):
         r'data-block="(\d+)/(\d+)".*?--seen:url\(\'(.*?)\'\);--made:url\(\'(.*?)\'\);--rows:(\d+)', text
     )
     assert len(blocks) == 3 * 2
-    options = [name for name in re.findall(r"<option value=\"\d+\">([^<]+)", text) if "subject" not in name]
+    options = [
+        name
+        for name in re.findall(r"<option value=\"\d+\">([^<]+)", text.split('class="images"')[1])
+        if "subject" not in name
+    ]
     for number, subject, seen, made, rows in blocks:
         items = [g for g in fake.galleries if (g.variant, g.subject) == (options[int(number)], int(subject))]
         assert len(items) == int(rows) == 3
@@ -124,13 +157,14 @@ def test_the_best_variant_is_shown_first_and_the_others_are_hidden(built):
     blocks = page.all("section", class_="gallery")
     assert [("hidden" in block) for block in blocks] == [False] + [True] * 5
     assert blocks[0]["aria-label"] == f"{ranking.entries[0].row.variant}, subject 1"
-    assert len(page.all("select")) == 2
+    assert [found["name"] for found in page.all("select")][-2:] == ["variant", "subject"]
 
 
 def test_the_table_has_sections_headings_that_sort_and_stand_in_notes(built):
     out, fake, ranking = built
     text = (out / "index.html").read_text()
-    page = Page(text)
+    table = text.split("<table data-sortable>")[1].split("</table>")[0]
+    page = Page(f"<table>{table}</table>")
     headings = page.all("th", scope="col")
     assert len(headings) == len(page.all("button")) == 4 + 11
     assert [heading["data-first"] for heading in headings[4:]] == [
@@ -139,7 +173,7 @@ def test_the_table_has_sections_headings_that_sort_and_stand_in_notes(built):
     assert sum("aria-sort" in heading for heading in headings) == 1
     assert "of 24; stand-in EfficientNet-Lite2, pooled" in page.text
     assert ranking.sentence[1:] in text
-    ranked, reference = text.split("<tbody data-ranked>")[1].split("<tbody>")
+    ranked, reference = table.split("<tbody data-ranked>")[1].split("<tbody>")
     assert all(name in ranked for name in ("clusters=8", "clusters=64", "clusters=512"))
     assert "Reference (not ranked)" in reference and "mean image" not in ranked
 
@@ -174,11 +208,15 @@ def test_everything_from_outside_is_escaped(tmp_path, sweep):
         about=EVIL,
         n_resamples=20,
     )
+    for path in (tmp_path / "site").glob("*.html"):
+        text = path.read_text()
+        page = Page(text)
+        scripts = [script.get("src", script.get("type")) for script in page.all("script")]
+        assert scripts == (["pair.js", "application/json"] if path.name == "pair.html" else ["page.js"])
+        assert "<script>" not in text and "alert('x')" not in text.split('id="data"')[0]
     text = (tmp_path / "site" / "index.html").read_text()
     page = Page(text)
-    assert len(page.all("script")) == 1
-    assert "alert('x')" not in text
-    assert EVIL in page.text
+    assert "<script>" not in text and EVIL in page.text
     assert any(found.get("aria-label") == f"image {EVIL}, seen" for found in page.all("i"))
 
 
@@ -189,6 +227,10 @@ def test_building_again_is_stable_drops_old_images_and_keeps_what_is_not_its_own
     leaderboard.build(out, fake.rows, fake.per_image, fake.galleries, fake.axis, fake.notes, title="A sweep")
     assert {path: path.read_bytes() for path in before} == before
     leaderboard.build(out, fake.rows, fake.per_image, fake.galleries[:2], fake.axis, fake.notes)
+    shown = {path.name for path in out.iterdir()}
+    leaderboard.build(out, fake.rows[1:], fake.per_image, fake.galleries[2:4], fake.axis, fake.notes)
+    assert shown - {path.name for path in out.iterdir()} == {f"run-{row_id(fake.rows[0])}.html"}
+    leaderboard.build(out, fake.rows, fake.per_image, fake.galleries[:2], fake.axis, fake.notes)
     left = {path.name for path in (out / "images").iterdir()} - {"mine.png"}
     assert left == {image.removeprefix("images/") for image in _images((out / "index.html").read_text())}
     assert len(left) == 2 and (out / "images" / "mine.png").exists()
@@ -198,7 +240,10 @@ def test_a_page_of_rows_alone(tmp_path, row):
     ranking = leaderboard.build(tmp_path, [row("a", {"SSIM": 0.4}), row("b", {"SSIM": 0.3})])
     page = Page((tmp_path / "index.html").read_text())
     assert ranking.entries[0].row.variant == "a"
-    assert not page.all("section") and not page.all("svg")
+    assert not page.all("section", class_="gallery") and not page.all("svg")
+    assert "No scores of single images were kept" in "".join(
+        Page((tmp_path / f"run-{row_id(ranking.rows[0])}.html").read_text()).text
+    )
     assert not (tmp_path / "images").exists()
 
 
@@ -227,9 +272,9 @@ def test_large_images_become_thumbnails(tmp_path, row):
 
 @pytest.mark.parametrize(("low", "high"), [(0.31, 0.36), (0, 1), (-0.02, 0.01), (0.5, 0.5), (0.499, 0.501), (0.1, 7)])
 def test_ticks_are_round_few_and_span_the_values(low, high):
-    ticks = _ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high
-    assert 2 <= len(ticks) <= 6
-    labels = [_tick_label("SSIM", tick, ticks) for tick in ticks]
+    marks = ticks(low, high)
+    assert marks[0] <= low and marks[-1] >= high
+    assert 2 <= len(marks) <= 6
+    labels = [tick_label("SSIM", mark, marks) for mark in marks]
     assert len(set(labels)) == len(labels)
-    assert [float(label) for label in labels] == pytest.approx(ticks)
+    assert [float(label) for label in labels] == pytest.approx(marks)
