@@ -11,9 +11,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,14 @@ from pydantic import (
 )
 
 from metrics.cards import CARDS, unknown_metrics
+
+SCHEMA_VERSION: Literal[2] = 2
+"""Of a row. Raised with every change of its fields, together with a step in :data:`UPGRADES` and a fixture."""
+
+UPGRADES: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    1: dict,  # 2 added data, answers, judges, config and changed, which say nothing where they are absent
+}
+"""Version -> what makes a row of the next version from one of this."""
 
 _NonNegative = Annotated[FiniteFloat, Field(ge=0)]
 
@@ -75,9 +83,12 @@ class Manifest(_Record):
 
 
 class Row(_Record):
-    """One variant of one method on one track, scored under one protocol."""
+    """One variant of one method on one track, scored under one protocol.
 
-    schema_version: Literal[1] = 1
+    Rows of every older schema version are read, as rows of this one (:data:`UPGRADES`).
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     method: Annotated[str, Field(min_length=1)]
     variant: str = Field(description="e.g. 'clusters=128'; empty for a method that has only one")
     track: Annotated[str, Field(min_length=1, description="'demo' or 'paper': never ranked in one table")]
@@ -99,6 +110,18 @@ class Row(_Record):
     changed: dict[str, JsonValue] = Field(
         default_factory=dict, description="dotted name of a setting that is not its preset's -> the preset's value"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_version(cls, data: Any) -> Any:
+        version = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, Mapping) else SCHEMA_VERSION
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ValueError(f"schema_version is {version!r}; expected a number from 1 to {SCHEMA_VERSION}")
+        if version > SCHEMA_VERSION:
+            raise ValueError(f"of schema version {version}; this release reads up to {SCHEMA_VERSION}, so update it")
+        for step in range(version, SCHEMA_VERSION):
+            data = {**UPGRADES[step](data), "schema_version": step + 1}
+        return data
 
     @field_validator("metrics")
     @classmethod

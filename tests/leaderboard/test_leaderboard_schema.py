@@ -12,6 +12,7 @@ from leaderboard import schema
 from leaderboard.schema import Interval, Row, read_leaderboard, read_row, read_rows, write_leaderboard, write_row
 
 GOLDEN = Path(__file__).parent / "golden"
+HISTORIC = Path(__file__).parent / "historic"
 
 
 def test_golden_row_reads_and_writes_unchanged(tmp_path):
@@ -19,6 +20,33 @@ def test_golden_row_reads_and_writes_unchanged(tmp_path):
     assert row.metrics["PixCorr"].ci_high == 0.354
     assert row.manifest.seeds == {"data": 0, "training": 1}
     assert write_row(tmp_path, row).read_bytes() == (GOLDEN / "row.json").read_bytes()
+
+
+@pytest.mark.parametrize("version", range(1, schema.SCHEMA_VERSION))
+def test_rows_of_every_older_version_are_read_and_written_as_of_today(version, tmp_path):
+    folder = HISTORIC / f"v{version}"
+    old = json.loads((folder / "row.json").read_text())
+    assert old["schema_version"] == version
+    row = read_row(folder / "row.json")
+    assert row.schema_version == schema.SCHEMA_VERSION
+    same = {name: value for name, value in old.items() if name != "schema_version"}
+    kept = json.loads(write_row(tmp_path, row).read_text())
+    assert {name: kept[name] for name in same} == same, "nothing is lost"
+    assert read_row(tmp_path / f"{schema.row_id(row)}.json") == row
+    assert read_leaderboard(folder / "leaderboard.json")[0] == row
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_every_older_version_has_a_step_and_a_fixture():
+    assert sorted(schema.UPGRADES) == list(range(1, schema.SCHEMA_VERSION))
+    assert sorted(path.name for path in HISTORIC.iterdir()) == [f"v{v}" for v in range(1, schema.SCHEMA_VERSION)]
+
+
+def test_a_later_version_is_refused_with_what_to_do(tmp_path):
+    later = {**json.loads((GOLDEN / "row.json").read_text()), "schema_version": schema.SCHEMA_VERSION + 1, "new": 1}
+    (tmp_path / "row.json").write_text(json.dumps(later))
+    with pytest.raises(ValueError, match=r"row.json: .*of schema version 3; this release reads up to 2, so update it"):
+        read_row(tmp_path / "row.json")
 
 
 def test_rows_round_trip_and_a_second_write_replaces(tmp_path, row):
@@ -52,7 +80,9 @@ def test_metrics_are_kept_in_canonical_order(row):
         ("n_images", 0),
         ("protocol_hash", "not hex"),
         ("kind", "other"),
-        ("schema_version", 2),
+        ("schema_version", 3),
+        ("schema_version", 0),
+        ("schema_version", "1"),
         ("surprise", 1),
     ],
 )
