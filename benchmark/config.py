@@ -232,8 +232,8 @@ def _with_methods(**changed: Mapping[str, Any]) -> Callable[[type[_Branch]], typ
         for name, method in methods().items():
             if not method.names(name, branch.branch):
                 continue
-            if name in branch.model_fields:
-                raise UserError(f"methods/predictors/{name}.py: a branch has a setting {name}; choose another name")
+            if name in branch.model_fields or hasattr(branch, name):
+                raise UserError(f"method {name}: a branch has a setting called so; give its file another name")
             fields[name] = (method, Field(method(**changed.get(name, {})), description=method.title))
         made: type[_Branch] = create_model(
             branch.__name__, __base__=branch, __module__=__name__, __doc__=branch.__doc__, **fields

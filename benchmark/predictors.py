@@ -96,6 +96,8 @@ def _read(name: str) -> type[Method]:
         raise UserError(f'{where}: {method.__name__} has no title; add: title: ClassVar[str] = "..."')
     if taken := sorted(_TAKEN & set(method.model_fields)):
         raise UserError(f"{where}: a setting cannot be called {taken[0]}, which the branch has; choose another name")
+    if needed := [field for field, about in method.model_fields.items() if about.is_required()]:
+        raise UserError(f"{where}: setting {needed[0]} has no default; every setting needs one")
     return method
 
 

@@ -54,6 +54,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
         ("a", "1 / 0", "a.py: the method cannot be read: ZeroDivisionError: division by zero"),
         ("a", "def f(:", "a.py, line 4: the method cannot be read: SyntaxError"),
         ("a", "class A(Predictor):\n    title: ClassVar[str] = 'A'\n    batch: int = 3", "cannot be called batch"),
+        ("a", "class A(Predictor):\n    title: ClassVar[str] = 'A'\n    k: int", "setting k has no default"),
         ("bit", "", "bit.py in "),
         ("ridge", "", "no method can be called that: two files define it"),
         ("my-own", "", "expected letters, digits and _"),
