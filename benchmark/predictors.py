@@ -11,16 +11,18 @@ import os
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import methods as own_methods
 from benchmark.errors import UserError
-from methods import predictors
-from methods.predictors import Method
 from metrics.added import VARIABLE
 
-if _folder := os.environ.get(VARIABLE):
-    predictors.__path__.append(os.path.abspath(os.path.join(_folder, "methods")))
+if TYPE_CHECKING:
+    from methods.predictors import Method
+
+PACKAGE = "methods.predictors"
 
 RESERVED = ("bit", "oracle")
 """What predicts tokens, too, and is no method of that folder: a BIT, and the knowledge of the true ones."""
@@ -31,10 +33,16 @@ _TAKEN = {"predictor", "batch", "seed", "external_fraction", "external_used", "s
 _TAKEN |= {"width", "input_size", "layers", "windows", "sampled", "standardise", "centre"}
 
 
+def folders() -> list[str]:
+    """Return where the files lie, the project's own folder first."""
+    own = [str(Path(str(own_methods.__file__)).parent / "predictors")]
+    return own + ([os.path.abspath(os.path.join(folder, "methods"))] if (folder := os.environ.get(VARIABLE)) else [])
+
+
 def names() -> list[str]:
-    """Return the names of all methods, sorted; reads none of their files."""
+    """Return the names of all methods, sorted; reads none of their files, and imports nothing for them."""
     # Folder by folder: of two files with one name iter_modules would tell the first only.
-    return sorted(module.name for folder in predictors.__path__ for module in pkgutil.iter_modules([folder]))
+    return sorted(module.name for folder in folders() for module in pkgutil.iter_modules([folder]))
 
 
 @cache
@@ -50,7 +58,7 @@ def methods() -> Mapping[str, type[Method]]:
     for name in names():
         if name in found or name in RESERVED or not name.isidentifier():
             why = "two files define it" if name in found else "expected letters, digits and _, and none of " + _OTHERS
-            raise UserError(f"{name}.py in {' or '.join(predictors.__path__)}: no method can be called that: {why}")
+            raise UserError(f"{name}.py in {' or '.join(folders())}: no method can be called that: {why}")
         found[name] = _read(name)
     return MappingProxyType(found)
 
@@ -68,16 +76,16 @@ def method_of(config: Mapping[str, Any]) -> Method:
     """
     name = method_name(config["predictor"])
     if name not in methods():
-        raise UserError(
-            f"no method '{name}' in {' or '.join(predictors.__path__)}; put {name}.py back, with which this was made"
-        )
+        raise UserError(f"no method '{name}' in {' or '.join(folders())}; put {name}.py back, with which this was made")
     method = methods()[name]
     return method(**{field: config[field] for field in method.model_fields if field in config})
 
 
 def _read(name: str) -> type[Method]:
     """Return the class that a file defines."""
-    qualified = f"{predictors.__name__}.{name}"
+    qualified = f"{PACKAGE}.{name}"
+    package = importlib.import_module(PACKAGE)
+    package.__path__ = folders()
     spec = importlib.util.find_spec(qualified)
     where = spec.origin if spec is not None else qualified
     try:
@@ -102,6 +110,8 @@ def _read(name: str) -> type[Method]:
 
 
 def _classes(module: ModuleType) -> list[type[Method]]:
+    from methods.predictors import Method
+
     own = (value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__)
     return [value for value in own if issubclass(value, Method)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -27,11 +28,13 @@ from methods.predictors import Network, Predictor
 @pytest.fixture
 def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Path]]:
     """Put a file beside the methods: (name, what follows HEAD)."""
-    monkeypatch.setattr(predictors.predictors, "__path__", [*predictors.predictors.__path__, str(tmp_path)])
+    folders = [*predictors.folders(), str(tmp_path)]
+    monkeypatch.setattr(predictors, "folders", lambda: folders)
     known = set(sys.modules)
 
     def forget() -> None:
         predictors.methods.cache_clear()
+        importlib.invalidate_caches()
         for name in [name for name in sys.modules if name.startswith("methods.predictors.") and name not in known]:
             del sys.modules[name]
 
@@ -95,7 +98,8 @@ def test_what_a_stage_is_told_of_a_method_is_its_settings(add: Callable[..., Pat
     script = """
         import sys
         from benchmark import predictors
-        predictors.predictors.__path__.append(sys.argv[1])
+        folders = [*predictors.folders(), sys.argv[1]]
+        predictors.folders = lambda: folders
         from benchmark.config import demo
         from benchmark.stages import variant_stages
         print(variant_stages(demo().with_settings({"semantic.predictor": "ridge"}), "x").score.fingerprint)
