@@ -114,8 +114,12 @@ class WandbTracker:
                     ),
                 ),
             )
-            run.define_metric("global_step", hidden=True)
-            run.define_metric("*", step_metric="global_step")
+            try:
+                run.define_metric("global_step", hidden=True)
+                run.define_metric("*", step_metric="global_step")
+            except BaseException:
+                run.finish(exit_code=1)  # or W&B would wait for it at the end of the process
+                raise
             return run
 
         chosen = mode or preferred_mode()
