@@ -68,8 +68,12 @@ def attempt(folder: Path, run_id: str, steps: range, status: Any = "done", mode:
     picture.unlink()
     tracker.summary({"last": steps.stop})
     tracker.finish(status)
+    wait_for_files(folder)
+
+
+def wait_for_files(folder: Path) -> None:
+    """W&B's own process writes the file some milliseconds later; a job waits for it when it ends."""
     end = time.monotonic() + 10
-    # W&B's own process writes the file some milliseconds later; a job waits for it when it ends.
     while any(path.stat().st_size <= 7 for path in folder.glob("wandb/*/run-*.wandb")) and time.monotonic() < end:
         time.sleep(0.02)
 
@@ -224,6 +228,8 @@ def variant(folder: Path, mode: str) -> None:
     uses = ("lowlevel-llll", "encoder-that-was-not-tracked")
     tracker.artifact(Artifact("score-ssss", "scores", {"scores.parquet": weights}, metadata={"n": 1}, uses=uses))
     tracker.finish("done")
+    wait_for_files(folder / "low")
+    wait_for_files(folder / "score")
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
