@@ -54,7 +54,14 @@ def open_tracker(
     lines = JsonLinesTracker(folder)
     if kind == "jsonl":
         return lines
-    run = {"group": group, "job_type": job_type, "run_id": run_id, "name": name, "config": config, "tags": tags}
+    run: dict[str, Any] = {
+        "group": group,
+        "job_type": job_type,
+        "run_id": run_id,
+        "name": name,
+        "config": config,
+        "tags": tags,
+    }
     return MultiTracker([lines, open_service(kind, folder, mode=mode, **run)])
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,11 +122,10 @@ def rebuild_all(
 
     failed = 0
     actions: list[tuple[str, Callable[[], object]]] = [
-        (stage.title, lambda stage=stage: rebuild(stage, kind, mode))
-        for stage in found.stages  # type: ignore[misc]
+        (stage.title, partial(rebuild, stage, kind, mode)) for stage in found.stages
     ]
     actions += [
-        (f"leaderboard [{answer.sweep}]", lambda answer=answer: track_board(out, answer, kind, mode, replace=True))  # type: ignore[misc]
+        (f"leaderboard [{answer.sweep}]", partial(track_board, out, answer, kind, mode, replace=True))
         for answer in found.answers
     ]
     for title, action in actions:

@@ -112,7 +112,7 @@ def _sync(paths: Sequence[Path], scratch: Path) -> list[str]:
     }
     environment["WANDB_DIR"] = str(scratch)  # for its log, which nobody wants in the folder that one happens to be in
     environment.setdefault("WANDB_ERROR_REPORTING", "false")
-    command = [sys.executable, "-m", "wandb", "sync"]
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online"]  # those that did not get through to their end
     for option, variable in (("--entity", "WANDB_ENTITY"), ("--project", "WANDB_PROJECT")):
         if value := os.environ.get(variable):
             command += [option, value]

@@ -114,8 +114,12 @@ class WandbTracker:
                     ),
                 ),
             )
-            run.define_metric("global_step", hidden=True)
-            run.define_metric("*", step_metric="global_step")
+            try:
+                run.define_metric("global_step", hidden=True)
+                run.define_metric("*", step_metric="global_step")
+            except BaseException:
+                run.finish(exit_code=1)  # or W&B would wait for it at the end of the process
+                raise
             return run
 
         chosen = mode or preferred_mode()
@@ -130,6 +134,7 @@ class WandbTracker:
             except Exception as error:
                 self._restore_environment()
                 logger.warning("W&B: %s; this run is kept offline: %s", _in_line(error), _SYNC)
+                _forget()
             chosen = "offline"
         if self._run is None:
             trouble = "could not start, this stage is logged to metrics.jsonl only"
@@ -300,6 +305,14 @@ def _hushed() -> Iterator[None]:
     """Keep W&B from printing lines of its own, which it does at login and at a timeout even where it is silent."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+def _forget() -> None:
+    """End W&B's own process, which holds on to the id of a run that could not be opened."""
+    with contextlib.suppress(Exception), _hushed():
+        import wandb
+
+        wandb.teardown()
 
 
 def _wait_for(artifact: Any) -> None:

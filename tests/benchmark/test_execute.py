@@ -238,6 +238,9 @@ def test_what_the_tracker_is_told(store: Store, tmp_path: Path, monkeypatch: pyt
         def summary(self, values: dict[str, Any]) -> None:
             told.append(("summary", values))
 
+        def artifact(self, artifact: Any) -> None:
+            told.append(("artifact", artifact.name, artifact.type))
+
         def finish(self, status: str) -> None:
             told.append(("finish", status))
 
@@ -254,11 +257,22 @@ def test_what_the_tracker_is_told(store: Store, tmp_path: Path, monkeypatch: pyt
         "run_id": stage.fingerprint[:16],
         "name": "one value=1",
     }
-    fields |= {"config": dict(stage.config), "mode": None}
-    assert told == [("jsonl", "tracking", fields), ("summary", {"total": 1}), ("finish", "done")]
+    fields |= {"tags": ("one", "value=1"), "mode": None}
+    config = told[0][2].pop("config")
+    assert told[0] == ("jsonl", "tracking", fields)
+    assert config.items() >= stage.config.items() and config["stage"]["fingerprint"] == stage.fingerprint
+    assert set(config["made_with"]) == {"git", "python", "hardware", "command"}
+    costs = told.pop(2)[1]
+    assert costs["state"] == "done" and costs["wall_s"] > 0 and costs["peak_memory_bytes"] > 0
+    artifact = ("artifact", f"one-{stage.fingerprint[:16]}", "records")
+    assert told[1:] == [("summary", {"total": 1}), artifact, ("finish", "done")]
+    assert store.status(stage)["sweep"] == "clusters"
     with pytest.raises(RunError):
         run(toy(tmp_path, "bad", "fail"), store, tracker="jsonl")
-    assert told[-1] == ("finish", "failed")
+    assert told[-1] == ("finish", "failed") and "numbers do not add up" in told[-2][1]["error"]
+    told.clear()
+    run(stage, store, tracker="jsonl", group="clusters", force=True)  # told of its results where these stay
+    assert [one[0] for one in told] == ["jsonl", "summary", "finish", "jsonl", "summary", "artifact", "finish"]
 
 
 def test_every_stage_starts_from_its_seed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

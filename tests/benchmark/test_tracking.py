@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from benchmark.errors import UserError
-from benchmark.tracking import MultiTracker, open_tracker
+from benchmark.tracking import Artifact, MultiTracker, NoTracker, Table, open_tracker
+from benchmark.tracking.jsonl import JsonLinesTracker
 
 RUN: dict[str, Any] = {
     "group": "clusters",
@@ -72,11 +73,43 @@ def test_json_lines_continue_after_a_crash_that_left_half_a_line(tmp_path: Path)
     assert len(lines(tmp_path)) == 3
 
 
+def test_one_tracker_that_breaks_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Counts(NoTracker):
+        calls = 0
+
+        def log(self, *_: object) -> None:
+            self.calls += 1
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    counts = Counts()
+    tracker = MultiTracker([JsonLinesTracker(tmp_path), counts])
+    monkeypatch.setattr(os, "write", full)
+    for step in range(3):
+        tracker.log({"loss": 1.0}, step)
+    assert counts.calls == 3
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == "tracking: JsonLines stopped at 'log' ([Errno 28] No space left on device); the stage goes on"
+
+
+def test_an_image_of_the_stage_is_found_wherever_the_stage_is(tmp_path: Path) -> None:
+    tracker = JsonLinesTracker(tmp_path / "stage" / "tracking")
+    tracker.image("first", tmp_path / "stage" / "combined" / "a.png")
+    tracker.image("other", tmp_path / "elsewhere.png")
+    places = [line["path"] for line in lines(tmp_path / "stage" / "tracking")]
+    assert places == ["../combined/a.png", str(tmp_path / "elsewhere.png")]
+
+
 def test_none_writes_nothing(tmp_path: Path) -> None:
     tracker = open_tracker("none", tmp_path, **RUN)
     tracker.log({"loss": 1.0}, 1)
     tracker.summary({"a": 1})
     tracker.image("a", tmp_path / "missing.png")
+    tracker.table(Table("a", ("b",), ((1,),)))
+    tracker.artifact(Artifact("a", "records", {}))
     tracker.finish("done")
     assert not list(tmp_path.iterdir())
 
@@ -208,3 +241,54 @@ def test_preferred_mode(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert preferred_mode() == mode
+
+
+@pytest.mark.parametrize("what", ["log", "log_artifact", "finish", "define_metric"])
+def test_wandb_that_breaks_anywhere_costs_one_warning(
+    tmp_path: Path, nobody: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    import wandb
+
+    real_finish = wandb.Run.finish
+
+    def broken(run: Any, *arguments: Any, **more: Any) -> None:
+        if what == "finish":
+            real_finish(run, *arguments, **more)  # or the process would wait for it at its end
+        raise RuntimeError(f"{what} is\nbroken")
+
+    monkeypatch.setattr(wandb.Run, what, broken)
+    tracker = open_tracker("wandb", tmp_path, **RUN, mode="offline")
+    (tmp_path / "bit.safetensors").write_bytes(b"weights")
+    for step in range(3):
+        tracker.log({"train/loss": 1.0}, step)
+    tracker.table(Table("images", ("key", "value"), (("a", 1.0), ("b", None))))
+    tracker.artifact(Artifact("lowlevel-0", "checkpoint", {"bit.safetensors": tmp_path / "bit.safetensors"}))
+    tracker.summary({"PixCorr": 0.5})
+    tracker.finish("done")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.startswith("W&B ") and warning.endswith(f": {what} is broken")
+    assert [line.get("step") for line in lines(tmp_path)[:3]] == [0, 1, 2] and lines(tmp_path)[-1]["status"] == "done"
+
+
+def test_online_without_a_key_is_offline_and_asks_nobody(
+    tmp_path: Path, nobody: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    tracker = open_tracker("wandb", tmp_path, **RUN)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish("done")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_a_user_without_a_key_is_told_so_in_one_line(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmark.tracking.wandb_tracker import notice
+
+    line = notice("clusters")
+    assert line.startswith("W&B: no key found, so runs are kept offline") and "\n" not in line
+    assert "wandb login" in line and line.endswith("python -m benchmark.sweep sync clusters")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert notice("clusters") == "", "they chose so"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert notice("clusters") == ""

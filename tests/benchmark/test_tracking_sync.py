@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from benchmark.errors import RunError, UserError
-from benchmark.tracking import open_tracker
+from benchmark.tracking import Artifact, Table, open_tracker
 from benchmark.tracking.sync import StageRuns, Uploaded, offline_runs, upload
 
 _SPEC = importlib.util.spec_from_file_location("wandb_server", Path(__file__).with_name("wandb_server.py"))
@@ -47,13 +47,14 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def server(nobody: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A W&B server, and a user with a key for it."""
+    import wandb
+
+    wandb.teardown()  # W&B's own process, which serves all runs of this one, remembers the server
     with wandb_server.fake_wandb() as found:
         monkeypatch.setenv("WANDB_BASE_URL", found.address)
         monkeypatch.setenv("WANDB_API_KEY", wandb_server.KEY)
         yield found
-        import wandb
-
-        wandb.teardown()  # W&B's own process, which serves all runs of this one, remembers the server
+        wandb.teardown()
 
 
 def attempt(folder: Path, run_id: str, steps: range, status: Any = "done", mode: str = "offline", **more: Any) -> None:
@@ -67,8 +68,12 @@ def attempt(folder: Path, run_id: str, steps: range, status: Any = "done", mode:
     picture.unlink()
     tracker.summary({"last": steps.stop})
     tracker.finish(status)
+    wait_for_files(folder)
+
+
+def wait_for_files(folder: Path) -> None:
+    """W&B's own process writes the file some milliseconds later; a job waits for it when it ends."""
     end = time.monotonic() + 10
-    # W&B's own process writes the file some milliseconds later; a job waits for it when it ends.
     while any(path.stat().st_size <= 7 for path in folder.glob("wandb/*/run-*.wandb")) and time.monotonic() < end:
         time.sleep(0.02)
 
@@ -202,3 +207,90 @@ def test_a_job_that_cannot_reach_the_server_keeps_its_run_offline(
     (told,) = upload([offline_runs("a", tmp_path / "a")])
     assert told.done == 1
     assert [step for step, _ in steps_of(server.runs["aaaa"])] == [0, 1, 1]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What a user would see of ours; W&B's own log is a file."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+            and record.name.startswith("benchmark.")]  # fmt: skip
+
+
+def variant(folder: Path, mode: str) -> None:
+    """Two stages: one makes weights, the other a table and scores of them."""
+    weights, picture = folder / "bit.safetensors", folder / "picture.png"
+    weights.write_bytes(b"weights")
+    Image.new("RGB", (8, 8), "red").save(picture)
+    tracker = open_tracker("wandb", folder / "low", run_id="llll", mode=mode, **RUN)
+    tracker.artifact(Artifact("lowlevel-llll", "checkpoint", {"bit.safetensors": weights}, {"a/seen.png": picture}))
+    tracker.finish("done")
+    tracker = open_tracker("wandb", folder / "score", run_id="ssss", mode=mode, **RUN)
+    tracker.table(Table("reconstructions", ("key", "seen"), (("subj01_nsd00003", picture),)))
+    uses = ("lowlevel-llll", "encoder-that-was-not-tracked")
+    tracker.artifact(Artifact("score-ssss", "scores", {"scores.parquet": weights}, metadata={"n": 1}, uses=uses))
+    tracker.finish("done")
+    wait_for_files(folder / "low")
+    wait_for_files(folder / "score")
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_artifacts_with_lineage_reach_the_server(
+    server: Any, tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    variant(tmp_path, mode)
+    if mode == "offline":
+        told = upload([offline_runs(name, tmp_path / name) for name in ("low", "score")])
+        assert [(one.done, one.error) for one in told] == [(1, ""), (1, "")]
+    known = {one.name: one for one in server.artifacts.values()}
+    assert all(one.committed for one in known.values())
+    weights, scores = known["lowlevel-llll"], known["score-ssss"]
+    assert (weights.type, weights.run, weights.files["bit.safetensors"]) == ("checkpoint", "llll", b"weights")
+    assert weights.manifest()["a/seen.png"]["ref"] == (tmp_path / "picture.png").as_uri()
+    assert "a/seen.png" not in weights.files, "by reference: nothing is uploaded"
+    assert scores.type == "scores"
+    assert scores.metadata == {"n": 1, "uses": ["lowlevel-llll", "encoder-that-was-not-tracked"]}
+    assert server.runs["ssss"].uses == (["lowlevel-llll"] if mode == "online" else [])
+    table = known["run-ssss-reconstructions"]
+    assert any(name.endswith("picture.png") for name in table.files)
+    assert not warnings_of(caplog)
+
+
+def test_a_server_that_refuses_a_run_costs_a_line_and_the_run_is_offline(
+    server: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.refused.add("aaaa")
+    attempt(tmp_path / "a", "aaaa", range(0, 2), mode="online")
+    (warning,) = warnings_of(caplog)
+    assert "permission denied for aaaa" in warning and "this run is kept offline" in warning
+    server.refused.clear()
+    (told,) = upload([offline_runs("a", tmp_path / "a")])
+    assert told.done == 1 and [step for step, _ in steps_of(server.runs["aaaa"])] == [0, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_costs_a_line_and_the_rest_is_uploaded_later(
+    nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    from benchmark.tracking import wandb_tracker
+
+    monkeypatch.setattr(wandb_tracker, "_FINISH_S", 2.0)
+    monkeypatch.setenv("WANDB_API_KEY", wandb_server.KEY)
+    weights = tmp_path / "bit.safetensors"
+    weights.write_bytes(b"weights")
+    wandb.teardown()
+    with wandb_server.fake_wandb() as found:
+        monkeypatch.setenv("WANDB_BASE_URL", found.address)
+        tracker = open_tracker("wandb", tmp_path / "a", run_id="aaaa", mode="online", **RUN)
+        tracker.log({"train/loss": 1.0}, 0)
+    tracker.log({"train/loss": 0.5}, 1)
+    tracker.artifact(Artifact("lowlevel-aaaa", "checkpoint", {"bit.safetensors": weights}, uses=("encoder-eeee",)))
+    tracker.finish("done")
+    wandb.teardown()
+    (warning,) = warnings_of(caplog)
+    assert "cannot be reached" in warning and "python -m benchmark.tracking rebuild" in warning
+    with wandb_server.fake_wandb() as found:
+        monkeypatch.setenv("WANDB_BASE_URL", found.address)
+        (told,) = upload([offline_runs("a", tmp_path / "a")])
+        assert told.done == 1 and steps_of(found.runs["aaaa"]) == [(0, 1.0), (1, 0.5)]
+        assert offline_runs("a", tmp_path / "a").waiting == ()
