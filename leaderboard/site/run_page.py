@@ -183,7 +183,7 @@ def _pictures(chapter: Chapter, row: Row, places: Places) -> str:
         return ""
     shown = "".join(
         f"<details{' open' if number == 0 else ''}><summary>subject {subject}</summary>\n"
-        f"{gallery(chapter, items[:SHOWN], places)}</details>\n"
+        f"{gallery(chapter, items[: max(1, SHOWN // len(blocks))], places)}</details>\n"
         for number, (subject, items) in enumerate(sorted(blocks.items()))
     )
     return (
@@ -207,7 +207,7 @@ def _config(row: Row) -> str:
     changed = [
         (name, _value(row.config[name]), _value(row.changed[name])) for name in row.config if name in row.changed
     ]
-    rest = [(name, _value(value)) for name, value in row.config.items() if name not in row.changed]
+    rest = [f"{name}: {_value(value)}" for name, value in row.config.items() if name not in row.changed]
     first = (
         table_of(f"Settings that differ from the {row.track} preset's", ["setting", "here", "preset"], changed)
         if changed
@@ -216,8 +216,7 @@ def _config(row: Row) -> str:
     return (
         f"<h2>Settings</h2>\n{first}"
         f"<details><summary>{len(rest)} settings as in the preset</summary>\n"
-        + table_of("Settings as in the preset", ["setting", "value"], rest)
-        + "</details>\n"
+        f'<pre tabindex="0">{escape(chr(10).join(rest))}</pre></details>\n'
     )
 
 
