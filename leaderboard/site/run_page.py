@@ -26,6 +26,8 @@ from leaderboard.statistics import Floats
 from leaderboard.table import footnotes
 from metrics.cards import CARDS, format_value
 
+_LINKS = 12  # to pairs: the best rows come first, and the page of pairs offers all
+
 
 def run_page(chapter: Chapter, row: Row, places: Places, paired: set[str]) -> str:
     """Return the page of one row.
@@ -123,11 +125,13 @@ def _pairs(chapter: Chapter, row: Row, paired: set[str]) -> str:
     own = row_id(row)
     if own not in paired:
         return ""
+    others = [other for other in chapter.ranking.rows if row_id(other) in paired and other.key != row.key]
     links = "".join(
         f'<li><a href="pair.html#a={own}&amp;b={row_id(other)}">{escape(chapter.ranking.name(other))}</a></li>'
-        for other in chapter.ranking.rows
-        if row_id(other) in paired and other.key != row.key
+        for other in others[:_LINKS]
     )
+    if len(others) > _LINKS:
+        links += f"<li>or any of {len(others)} rows, chosen there</li>"
     return (
         f'<h2>Compare image by image</h2>\n<nav aria-label="pairs"><ul class="links">{links}</ul></nav>\n'
         if links
