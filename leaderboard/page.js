@@ -74,6 +74,7 @@ function pick(box) {
     picked = picked.filter((other) => other.closest(".chapter") === own);
     picked.push(box);
     if (picked.length > 2) picked.shift();
+    box.closest(".scroll").after(bar); // the next stop of the keyboard after the table
   } else {
     picked = picked.filter((other) => other !== box);
   }

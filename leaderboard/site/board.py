@@ -36,6 +36,9 @@ from metrics.cards import CARDS, format_value
 SHOWN = 12
 """Images of a variant and subject that are shown as they come."""
 
+_VARIANTS = 8
+"""Variants whose images the first page shows."""
+
 _ABOUT = (
     "Seen images, reconstructed from fMRI, and how near each variant comes. "
     "All rows of a table are scored on the same test images, under one protocol."
@@ -434,6 +437,12 @@ def _galleries(chapter: Chapter, places: Places, level: int) -> str:
         blocks.setdefault((item.variant, item.subject), []).append(item)
     order = [entry.row.variant for entry in ranking.entries]
     variants = sorted({variant for variant, _ in blocks}, key=lambda v: order.index(v) if v in order else len(order))
+    more = (
+        f" Of {len(variants)} variants the first {_VARIANTS} are here; the others' images are on their own pages."
+        if len(variants) > _VARIANTS
+        else ""
+    )
+    variants = variants[:_VARIANTS]
     subjects = sorted({subject for _, subject in blocks})
     most = min(SHOWN, max(len(items) for items in blocks.values()))
     html = []
@@ -449,7 +458,8 @@ def _galleries(chapter: Chapter, places: Places, level: int) -> str:
         f"<h{level}>Seen and reconstructed</h{level}>\n"
         f'<p class="soft">The first {most} test images in the order of the test set; none is selected. '
         "r is PixCorr with the seen image. "
-        "The combined image starts from the low-level one and is guided by the semantic branch.</p>\n"
+        "The combined image starts from the low-level one and is guided by the semantic branch."
+        f"{more}</p>\n"
         f'<div class="images">\n<div class="choose">{choose}</div>\n'
         '<p class="no-images" role="status" hidden>No images of this variant for this subject.</p>\n'
         + "".join(html)

@@ -177,12 +177,12 @@ def histogram(
         for mark in marks
     ]
     wide = (_WIDTH - _LEFT - _RIGHT) / _BINS
-    parts += [
-        f'<rect class="count" x="{x(edge) + 0.5:.1f}" y="{y(count):.1f}" width="{wide - 1:.1f}" '
-        f'height="{_LOW - y(count):.1f}"/>'
+    bars = "".join(
+        f"M{x(edge) + 0.5:.1f} {_LOW:g}V{y(count):.1f}h{wide - 1:.1f}V{_LOW:g}z"
         for edge, count in zip(edges.tolist(), counts.tolist(), strict=False)
         if count
-    ]
+    )
+    parts.append(f'<path class="count" d="{bars}"/>')
     if mean is not None:
         if mean.ci_low is not None and mean.ci_high is not None:
             left, right = x(max(mean.ci_low, low)), x(min(mean.ci_high, high))

@@ -27,8 +27,8 @@ from metrics.cards import CARDS
 BYTES = 700_000
 """Room for scores on the page: two bytes each where they fit, else one, else those of the most telling images."""
 
-WORK = 40_000
-"""Images compared, over all pairs: where there are more, the pairs of the best rows come first."""
+PAIRS, WORK = 120, 40_000
+"""Pairs whose means are tested, and images compared over all of them: the best rows' come first."""
 
 
 def paired(chapter: Chapter) -> list[Row]:
@@ -173,7 +173,7 @@ def _pairs(scores: Scores, rows: Sequence[Row]) -> dict[str, Any]:
     """Return "i j" -> A minus B on every metric, or the reason why there is none."""
     n_images = len(scores.image_ids)
     found: dict[str, Any] = {}
-    for i, j in _all_pairs(len(rows))[: max(len(rows), WORK // n_images)]:
+    for i, j in _all_pairs(len(rows))[: max(len(rows), min(PAIRS, WORK // n_images))]:
         try:
             compared = compare(scores, rows[i].key, rows[j].key)
         except ValueError as error:

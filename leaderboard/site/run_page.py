@@ -26,6 +26,8 @@ from leaderboard.statistics import Floats
 from leaderboard.table import footnotes
 from metrics.cards import CARDS, format_value
 
+_LINKS = 12  # to pairs: the best rows come first, and the page of pairs offers all
+
 
 def run_page(chapter: Chapter, row: Row, places: Places, paired: set[str]) -> str:
     """Return the page of one row.
@@ -123,11 +125,13 @@ def _pairs(chapter: Chapter, row: Row, paired: set[str]) -> str:
     own = row_id(row)
     if own not in paired:
         return ""
+    others = [other for other in chapter.ranking.rows if row_id(other) in paired and other.key != row.key]
     links = "".join(
         f'<li><a href="pair.html#a={own}&amp;b={row_id(other)}">{escape(chapter.ranking.name(other))}</a></li>'
-        for other in chapter.ranking.rows
-        if row_id(other) in paired and other.key != row.key
+        for other in others[:_LINKS]
     )
+    if len(others) > _LINKS:
+        links += f"<li>or any of {len(others)} rows, chosen there</li>"
     return (
         f'<h2>Compare image by image</h2>\n<nav aria-label="pairs"><ul class="links">{links}</ul></nav>\n'
         if links
@@ -183,7 +187,7 @@ def _pictures(chapter: Chapter, row: Row, places: Places) -> str:
         return ""
     shown = "".join(
         f"<details{' open' if number == 0 else ''}><summary>subject {subject}</summary>\n"
-        f"{gallery(chapter, items[:SHOWN], places)}</details>\n"
+        f"{gallery(chapter, items[: max(1, SHOWN // len(blocks))], places)}</details>\n"
         for number, (subject, items) in enumerate(sorted(blocks.items()))
     )
     return (
@@ -207,7 +211,7 @@ def _config(row: Row) -> str:
     changed = [
         (name, _value(row.config[name]), _value(row.changed[name])) for name in row.config if name in row.changed
     ]
-    rest = [(name, _value(value)) for name, value in row.config.items() if name not in row.changed]
+    rest = [f"{name}: {_value(value)}" for name, value in row.config.items() if name not in row.changed]
     first = (
         table_of(f"Settings that differ from the {row.track} preset's", ["setting", "here", "preset"], changed)
         if changed
@@ -216,8 +220,7 @@ def _config(row: Row) -> str:
     return (
         f"<h2>Settings</h2>\n{first}"
         f"<details><summary>{len(rest)} settings as in the preset</summary>\n"
-        + table_of("Settings as in the preset", ["setting", "value"], rest)
-        + "</details>\n"
+        f'<pre tabindex="0">{escape(chr(10).join(rest))}</pre></details>\n'
     )
 
 

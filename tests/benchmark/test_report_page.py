@@ -105,7 +105,7 @@ def test_an_answer_is_read_as_it_was_saved_also_from_another_place(out: Path, tm
 def test_the_page_has_a_chapter_a_sweep_with_table_curves_orderings_and_images(out: Path) -> None:
     page, text = write_page(out, out / "report", read_answers(out))
     html = page.read_text()
-    assert html.count('<section class="chapter"') == 2 and html.count("<tbody data-ranked>") == 2
+    assert html.count('<section class="chapter" id="part') == 2 and html.count("<tbody data-ranked>") == 2
     assert "About &lt;clusters&gt;?" in html and "About <clusters>" not in html
     assert html.count("The orderings of Table T3") == 2 and "worse: holds" in html
     assert html.count("<h1") == 1 and html.count("Seen and reconstructed</h3>") == 2

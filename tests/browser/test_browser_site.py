@@ -90,7 +90,7 @@ def test_filters_leave_the_rows_that_have_all_that_is_chosen(visit: Any) -> None
     assert shown(page, "#part1 tbody[data-ranked] tr") == 0
     amounts = "[...new Set([...document.querySelectorAll('#published tbody tr')].filter((r) => r.checkVisibility()).map((r) => r.cells[1].textContent))]"
     assert page.do(amounts) == ["1h"]
-    page.choose(".filters [name=protocol]", "mindeye2-unblended")
+    page.choose(".filters [name=protocol]", "mindeye2")
     page.choose(".filters [name=subjects]", "1, 2, 5, 7")
     assert shown(page, "#published .protocol") == 1
     count = int(page.do(status).split()[0])
@@ -135,7 +135,7 @@ def test_a_run_has_a_page(visit: Any, site: SimpleNamespace) -> None:
     ):
         assert part in text
     assert page.do("document.querySelectorAll('.curves svg[role=img]').length") == len(CARDS)
-    assert shown(page, ".gallery i") == 12 * 4
+    assert shown(page, ".gallery i") == 6 * 4
     page.click(".back a")
     page.until("location.pathname.endsWith('index.html') && document.readyState === 'complete'")
 
@@ -174,10 +174,11 @@ def test_two_chosen_rows_open_their_pair_by_keyboard_alone(visit: Any, site: Sim
             break
     assert len(chosen) == 2
     assert page.do("document.querySelector('.picked p').textContent") == f"{chosen[0]} and {chosen[1]}"
-    for _ in range(400):
+    for _ in range(20):
         page.press("Tab")
         if page.do("document.activeElement.matches('.picked a')"):
             break
+    assert page.do("document.activeElement.matches('.picked a')"), "not far from the table"
     page.press("Enter")
     page.until("location.pathname.endsWith('pair.html') && document.querySelectorAll('.card').length > 0")
     assert page.do("document.querySelector('h1').textContent") == f"A {chosen[0]} against B {chosen[1]}"
@@ -193,7 +194,7 @@ def test_a_pair_shows_the_most_changed_the_best_and_the_worst_images_first(visit
     )
     assert told and shown(page, ".card i") == 36
     metric = "LPIPS"  # lower is better
-    page.choose("#pair label:nth-of-type(2) select", str(list(site.scores.metrics).index(metric)))
+    page.choose("#pair h2 ~ .choose label:nth-of-type(2) select", str(list(site.scores.metrics).index(metric)))
     own = gains(site, "clusters=128", "clusters=8", metric)
     for order, key in (("changed", abs), ("best", float), ("worst", lambda gain: -gain)):
         page.choose("#pair h2 ~ .choose label:nth-of-type(1) select", order)
@@ -203,7 +204,7 @@ def test_a_pair_shows_the_most_changed_the_best_and_the_worst_images_first(visit
     assert page.do("document.activeElement === document.querySelectorAll('.card')[12]"), (
         "the keyboard goes on where it was"
     )
-    page.choose("#pair label:nth-of-type(3) select", "2")
+    page.choose("#pair h2 ~ .choose label:nth-of-type(3) select", "2")
     assert all(name.endswith("subject 2") for name in cards(page))
     page.click(".card summary")
     page.until("document.querySelectorAll('.card table tbody tr').length")
