@@ -122,11 +122,12 @@ def _filters(chapters: Sequence[Chapter], published: Sequence[PublishedRow]) -> 
     own = [entry.row for ranking in rankings for entry in ranking.entries]
     tracks = {ranking.track for ranking in rankings} | {"paper"}
     protocols = {ranking.protocol for ranking in rankings} | {row.protocol or UNKNOWN for row in published}
-    amounts = {amount(row.data) for row in (*own, *published)}
+    every: list[Row | PublishedRow] = [*own, *published]
+    amounts = {amount(row.data) for row in every}
     order = list(dict.fromkeys(AMOUNTS.values()))
     first = [name for name in order if name in amounts and name != AMOUNTS[""]]
     amounts_sorted = [*first, *sorted(amounts - set(order)), *(amounts & {AMOUNTS[""]})]
-    subjects = {subjects_text(row.subjects) for row in (*own, *published)}
+    subjects = {subjects_text(row.subjects) for row in every}
     chosen = "".join(
         [
             _select("track", [("", "all"), *((name, name) for name in sorted(tracks))]),
@@ -189,11 +190,11 @@ def _table(chapter: Chapter, number: int, level: int, paired: set[str]) -> str:
         parts += [_table_row(ranking, entry, best, resampled, paired) for entry in entries]
         parts.append("</tbody>\n")
     parts.append(_published_beside(chapter, len(headings), resampled))
-    told = "".join(f"<li>{escape(line)}</li>" for line in footnotes(ranking, notes))
+    lines = "".join(f"<li>{escape(line)}</li>" for line in footnotes(ranking, notes))
     return (
         f"<h{level}>Ranking</h{level}>\n"
         + scroll(f"ranking {number + 1}", "".join([*parts, "</table>\n"]))
-        + f'<ul class="notes">{told}</ul>\n'
+        + f'<ul class="notes">{lines}</ul>\n'
     )
 
 
