@@ -11,7 +11,7 @@ from leaderboard.formats import UNKNOWN, by_protocol, published_metrics, publish
 from leaderboard.orderings import LEGEND, cells, summary
 from leaderboard.published import PublishedRow, read_published
 from leaderboard.ranking import Entry, Ranking
-from leaderboard.schema import Interval, row_id
+from leaderboard.schema import Interval, Row, row_id
 from leaderboard.site import charts
 from leaderboard.site.chapters import Axis, Chapter, Gallery, printed
 from leaderboard.site.html import (
