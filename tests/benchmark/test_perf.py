@@ -223,7 +223,7 @@ def test_list_names_every_entry_and_measures_nothing(capsys: pytest.CaptureFixtu
     ("arguments", "expected"),
     [
         (["scor"], "no entry 'scor' (did you mean 'score'?)"),
-        (["xyz"], "no entry 'xyz'; there are score"),
+        (["xyz"], f"no entry 'xyz'; there are {', '.join(ENTRIES)}"),
         (["score", "--device", "cuda"], "entry 'score' is measured on cpu only, not on cuda"),
     ],
 )
