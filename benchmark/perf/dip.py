@@ -117,8 +117,8 @@ def plain_invert(
     with torch.no_grad():
         for mine, theirs in zip(network.parameters(), initial.parameters(), strict=True):
             mine.copy_(theirs[0])
-    network.to(device)
-    still = (torch.rand(sizes.depth, sizes.size, sizes.size, generator=generator) * _SCALE).to(device)[None]
+    network.to(targets[0])
+    still = (torch.rand(sizes.depth, sizes.size, sizes.size, generator=generator) * _SCALE).to(targets[0])[None]
     restless = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
     optimiser = torch.optim.Adam(network.parameters(), lr=_LR)
     average, losses = None, []
@@ -134,7 +134,7 @@ def plain_invert(
         optimiser.step()
         output = output.detach()
         average = output if average is None else _EMA * average + (1 - _EMA) * output
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert average is not None
     return average, losses
 

@@ -93,7 +93,7 @@ class Pool:
         own = np.flatnonzero(measured)
         self.data.put_betas(betas, own, subject[own], self.samples.row[pick[own]])
         for place, predicted in self._predicted(np.flatnonzero(~measured), image, subject):
-            betas[place, : len(predicted)] = predicted
+            betas[place, : len(predicted)].copy_(predicted)
         return Batch(betas, torch.from_numpy(subject), rows)
 
     def _predicted(self, places: np.ndarray, image: np.ndarray, subject: np.ndarray) -> Iterator[tuple[int, Tensor]]:

@@ -267,9 +267,8 @@ class Prepared:
         """Return the images of target rows: n x S x S x 3 uint8."""
         known = len(self.target_ids)
         out = np.empty((len(rows), self.image_size, self.image_size, 3), np.uint8)
-        own = rows < known
-        out[own] = self.images[self.target_ids[rows[own]]]
-        out[~own] = self.external[rows[~own] - known]
+        for image, row in zip(out, rows.tolist(), strict=True):  # each is copied once: an array of numbers would twice
+            image[:] = self.images[self.target_ids[row]] if row < known else self.external[row - known]
         return out
 
     def target_rows(self, ids: np.ndarray) -> np.ndarray:
@@ -325,8 +324,9 @@ class Prepared:
 
     def put_betas(self, out: Tensor, places: np.ndarray, subject: np.ndarray, row: np.ndarray) -> None:
         """Write recordings into the rows ``places`` of ``out`` (B x at least so many voxels, float32), on the left."""
+        rows = out.unbind()
         for place, s, r in zip(places.tolist(), subject.tolist(), row.tolist(), strict=True):
-            out[place, : self.n_voxels[s]] = self._mapped_betas[s][r]
+            rows[place][: self.n_voxels[s]].copy_(self._mapped_betas[s].select(0, r))
 
     @cached_property
     def _mapped_betas(self) -> list[Tensor]:
