@@ -13,10 +13,10 @@ SIDES: tuple[Side, ...] = ("ours", "reference")
 
 @dataclass(frozen=True)
 class Goal:
-    """How many times faster, and how many times smaller at its peak, ours should be on a device."""
+    """How many times faster, and how many times smaller at its peak, ours should be on a device; None: no goal."""
 
-    faster: float
-    smaller: float
+    faster: float | None = None
+    smaller: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,34 @@ ENTRIES: dict[str, Entry] = {
             reference="the published way: all images at once, scikit-image, np.corrcoef of truths and reconstructions",
             module="benchmark.perf.score",
             goals={"cpu": Goal(faster=5.0, smaller=3.0)},
+        ),
+        Entry(
+            name="dip",
+            ours="methods.brain_it.dip, steps of VGG-16-BN's maps at 224 pixels and 128 channels",
+            reference="Ulyanov's network in ordinary torch layers, one image at a time",
+            module="benchmark.perf.dip",
+            goals={"cpu": Goal(faster=1.3), "cuda": Goal(faster=10.0)},
+        ),
+        Entry(
+            name="clusters",
+            ours="methods.brain_it.mixture and clustering, full covariances",
+            reference="scikit-learn's GaussianMixture",
+            module="benchmark.perf.clusters",
+            goals={"cpu": Goal(faster=3.0), "cuda": Goal(faster=30.0)},
+        ),
+        Entry(
+            name="generate",
+            ours="methods.brain_it.generate, in the presets' batches",
+            reference="one image at a time, two calls of the UNet a step",
+            module="benchmark.perf.generate",
+            goals={"cpu": Goal(), "cuda": Goal(faster=5.0)},
+        ),
+        Entry(
+            name="load",
+            ours="the pool that the BITs train on, from arrays mapped into memory",
+            reference="one sample at a time from HDF5",
+            module="benchmark.perf.load",
+            goals={"cpu": Goal(faster=5.0)},
         ),
     )
 }

@@ -136,8 +136,9 @@ class Measured:
             "checks": [{**vars(check), "same": check.same} for check in self.checks],
             "goal": vars(self.goal),
             "reached": {
-                "faster": self.total.faster >= self.goal.faster,
-                "smaller": self.total.smaller >= self.goal.smaller,
+                name: getattr(self.total, name) >= wanted
+                for name, wanted in vars(self.goal).items()
+                if wanted is not None
             },
         }
 

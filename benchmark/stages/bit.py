@@ -89,27 +89,25 @@ class Pool:
         image = np.zeros(size, np.int64)
         image[~measured] = self.images[pick[~measured] - real]
         rows = np.where(measured, self.rows[clipped], image + len(self.data.target_ids))
-        betas = np.zeros((size, max(self.data.n_voxels)), np.float32)
-        for k in np.flatnonzero(measured):
-            s = int(subject[k])
-            betas[k, : self.data.n_voxels[s]] = self.data.betas[s][self.samples.row[pick[k]]]
+        betas = torch.zeros(size, max(self.data.n_voxels))
+        own = np.flatnonzero(measured)
+        self.data.put_betas(betas, own, subject[own], self.samples.row[pick[own]])
         for place, predicted in self._predicted(np.flatnonzero(~measured), image, subject):
-            betas[place, : len(predicted)] = predicted
-        return Batch(torch.from_numpy(betas), torch.from_numpy(subject), rows)
+            betas[place, : len(predicted)].copy_(predicted)
+        return Batch(betas, torch.from_numpy(subject), rows)
 
-    def _predicted(
-        self, places: np.ndarray, image: np.ndarray, subject: np.ndarray
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    def _predicted(self, places: np.ndarray, image: np.ndarray, subject: np.ndarray) -> Iterator[tuple[int, Tensor]]:
         """Yield the responses that the encoder predicts for the external images at ``places`` of a batch."""
         if self.stored is not None:
-            for k, row in zip(places, self.stored[image[places]], strict=True):
-                yield int(k), row[self.starts[subject[k]] : self.starts[subject[k] + 1]]
+            for k in places.tolist():  # of a row, which holds all subjects, only the one's part is read
+                s = subject[k]
+                yield k, self.stored.row(int(image[k]))[int(self.starts[s]) : int(self.starts[s + 1])]
         elif len(places):
             assert self.predict is not None
             for s in np.unique(subject[places]).tolist():
                 own = places[subject[places] == s]
                 (found,) = self.predict(image[own] + len(self.data.target_ids), [s])
-                yield from ((int(k), row.numpy()) for k, row in zip(own, found, strict=True))
+                yield from zip(own.tolist(), found, strict=True)
 
     def _in_epochs(self, size: int, step: int) -> np.ndarray:
         total = len(self.samples) + self.external

@@ -63,7 +63,7 @@ class StoredTaps:
 
     def __call__(self, rows: np.ndarray, generator: torch.Generator | None = None) -> list[Tensor]:
         """Return one B x positions x channels tensor for each tap."""
-        return [torch.from_numpy(tap[rows]).float().to(self.device) for tap in self.taps]
+        return [torch.from_numpy(tap[rows]).to(self.device).float() for tap in self.taps]
 
 
 class LiveTaps:
@@ -135,7 +135,7 @@ class SemanticTargets:
     def __call__(self, rows: np.ndarray) -> Tensor:
         """Return the tokens of target rows: B x tokens x width, float32, on the device."""
         if self.stored is not None:
-            return torch.from_numpy(self.stored[rows]).float().to(self.device)
+            return torch.from_numpy(self.stored[rows]).to(self.device).float()
         if self.network is None:
             self.network = semantic_network(self.config).to(self.device)
         pixels = as_pixels(self.data.target_images(rows), getattr(self.network, "input_size", None))

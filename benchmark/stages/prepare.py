@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,10 @@ from benchmark.data.simulate import simulate
 from benchmark.data.sources import open_tree
 from benchmark.data.splits import make_splits
 from benchmark.errors import UserError
+from benchmark.shards import mapped_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TREE = "nsd"  # folder of the simulated tree inside the stage's folder
 CHUNK = 256
@@ -263,9 +267,8 @@ class Prepared:
         """Return the images of target rows: n x S x S x 3 uint8."""
         known = len(self.target_ids)
         out = np.empty((len(rows), self.image_size, self.image_size, 3), np.uint8)
-        own = rows < known
-        out[own] = self.images[self.target_ids[rows[own]]]
-        out[~own] = self.external[rows[~own] - known]
+        for image, row in zip(out, rows.tolist(), strict=True):  # each is copied once: an array of numbers would twice
+            image[:] = self.images[self.target_ids[row]] if row < known else self.external[row - known]
         return out
 
     def target_rows(self, ids: np.ndarray) -> np.ndarray:
@@ -313,7 +316,18 @@ class Prepared:
 
     def padded_betas(self, subject: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Return recordings as B x (most voxels of any subject) float32, zero on the right where one has fewer."""
-        out = np.zeros((len(row), max(self.n_voxels)), np.float32)
-        for k, (s, r) in enumerate(zip(subject, row, strict=True)):
-            out[k, : self.n_voxels[s]] = self.betas[s][r]
-        return out
+        import torch
+
+        out = torch.zeros(len(row), max(self.n_voxels))
+        self.put_betas(out, np.arange(len(row)), subject, row)
+        return out.numpy()
+
+    def put_betas(self, out: Tensor, places: np.ndarray, subject: np.ndarray, row: np.ndarray) -> None:
+        """Write recordings into the rows ``places`` of ``out`` (B x at least so many voxels, float32), on the left."""
+        rows = out.unbind()
+        for place, s, r in zip(places.tolist(), subject.tolist(), row.tolist(), strict=True):
+            rows[place][: self.n_voxels[s]].copy_(self._mapped_betas[s].select(0, r))
+
+    @cached_property
+    def _mapped_betas(self) -> list[Tensor]:
+        return [mapped_tensor(betas) for betas in self.betas]

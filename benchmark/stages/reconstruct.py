@@ -321,7 +321,7 @@ def _invert(
         skip=dip["skip"],
         depth=dip["depth"],
         batch=len(tokens),
-        progress=lambda done, loss: bar.advance(done, f"loss {loss:.3f}"),
+        progress=lambda losses: bar.advance(len(losses), f"loss {float(losses.mean()):.3f}"),
     )
 
 

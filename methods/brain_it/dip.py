@@ -4,10 +4,15 @@ A randomly initialised hourglass network turns a fixed noise input into an image
 features of that image match the given ones. The structure of the network is the only prior on the image.
 
 Every image has a network of its own. Many of them run side by side as one network of grouped layers: one large step
-costs less than many small ones, and no image can see another.
+costs less than many small ones, and no image can see another. On a CPU that holds for narrow networks; wide ones keep
+it busy one by one. Then half of the work would be the convolutions of enlarged maps, and those are computed at the
+size before the enlargement (`enlarged_convolution`): the same sums in another order, for a quarter of the products.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +20,13 @@ from torch.nn import functional as F
 
 Features = Callable[[Tensor], Sequence[Tensor]]
 """Images (N, 3, H, W) in [0, 1] to one (N, C, h, w) map a layer; no image may influence another's maps."""
+
+_WIDE = 64  # channels from which a network keeps a CPU busy by itself
+
+
+def _single(x: Tensor) -> bool:
+    """Whether maps (N, C, H, W) are those of one image on a CPU: they lie channels last, and stay so."""
+    return len(x) == 1 and x.device.type == "cpu"
 
 
 class GroupedConv2d(nn.Module):
@@ -42,6 +54,8 @@ class GroupedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve each image of N x C x H x W with weights of its own."""
         images, outputs = self.bias.shape
+        if _single(x):
+            return self.single(x, self.weight[0])
         if self.kernel == 1:
             pixels = torch.baddbmm(self.bias[:, :, None], self.weight[:, :, :, 0, 0], x.flatten(2))
             return pixels.unflatten(2, x.shape[2:])
@@ -50,6 +64,14 @@ class GroupedConv2d(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         x = F.conv2d(x, self.weight.flatten(0, 1), self.bias.flatten(), self.stride, groups=images)
         return x.contiguous()[0].unflatten(0, (images, outputs))
+
+    def single(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve one image's maps (1, C, H, W) with weights (outputs, C, kernel, kernel) and the bias."""
+        if self.kernel == 1:
+            pixels = F.linear(x.squeeze(0).permute(1, 2, 0), weight[:, :, 0, 0], self.bias[0])
+            return pixels.permute(2, 0, 1)[None]
+        x = F.pad(x, (self.kernel // 2,) * 4, mode="reflect").contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, self.bias[0], self.stride)
 
 
 class GroupedNorm(nn.Module):
@@ -66,8 +88,172 @@ class GroupedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each channel of each image of N x C x H x W."""
+        if _single(x):
+            return F.batch_norm(x, None, None, self.weight[0], self.bias[0], training=True)
         flat = x.flatten(0, 1)[None]
         return F.group_norm(flat, flat.shape[1], self.weight.flatten(), self.bias.flatten()).view_as(x)
+
+
+@dataclass(frozen=True)
+class _Enlargement:
+    """Bilinear enlargement of one axis to twice its length, seen at the three taps of a padded convolution.
+
+    A is (2 n, n, 3): place r of the enlarged axis, moved by tap k - 1 and reflected at the ends, is the mean
+    sum_i A[r, i, k] x[i]. Each place needs three neighbours only, so A is kept as blocks along its diagonal, which are
+    applied to overlapping windows.
+
+    Attributes:
+        forward: (blocks, 2 half, 3 window): of A, for the window of every block of 2 half enlarged places.
+        backward: (blocks, 3 half, 2 window): of its transpose, rows by tap then place, likewise.
+        gram: (n, n), U^T U of the enlargement U itself.
+        half: n / blocks.
+        window: places that a block needs.
+    """
+
+    forward: Tensor
+    backward: Tensor
+    gram: Tensor
+    half: int
+    window: int
+
+    @property
+    def step(self) -> int:
+        """From one window to the next."""
+        return self.half - 1
+
+    @property
+    def blocks(self) -> int:
+        """How many."""
+        return len(self.forward)
+
+
+@cache
+def _enlargement(n: int, dtype: torch.dtype) -> _Enlargement:
+    with torch.no_grad():
+        eye = torch.eye(n, dtype=torch.float64)
+        u = F.interpolate(eye[None], scale_factor=2, mode="linear", align_corners=False)[0].T
+        padded = F.pad(u.T[None], (1, 1), mode="reflect")[0].T
+        a = torch.stack([padded[k : k + 2 * n] for k in range(3)], 2)
+        # Windows at equal distances, of which each holds what its block needs, the first and the last too.
+        blocks = next(b for b in (8, 4, 2, 1) if n % b == 0 and (b == 1 or n // b >= 4))
+        half = n // blocks
+        window = half + blocks - 1
+        starts = [block * (half - 1) for block in range(blocks)]
+        forward = [
+            a[2 * block * half : 2 * (block + 1) * half, start : start + window].flatten(1)
+            for block, start in enumerate(starts)
+        ]
+        backward = [
+            a[2 * start : 2 * (start + window), block * half : (block + 1) * half].permute(2, 1, 0).flatten(0, 1)
+            for block, start in enumerate(starts)
+        ]
+        return _Enlargement(
+            torch.stack(forward).to(dtype), torch.stack(backward).to(dtype), (u.T @ u).to(dtype), half, window
+        )
+
+
+class _EnlargedConvolution(torch.autograd.Function):
+    """See `enlarged_convolution`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """(H, W, C) and (outputs, C, 3, 3) to (2 H, 2 W, outputs)."""
+        (height, width, inputs), outputs = x.shape, len(weight)
+        taps = weight.permute(2, 1, 3, 0).reshape(3, inputs, 3 * outputs)  # k, input, (l, output)
+        ctx.save_for_backward(x, taps)
+        # What each row gives to each tap, before anything is enlarged: i, k, j, (l, output).
+        products = x.new_empty(height, 3, width, 3 * outputs)
+        for k in range(3):
+            torch.bmm(x, taps[k].expand(height, inputs, 3 * outputs), out=products[:, k])
+        rows, columns = _enlargement(height, x.dtype), _enlargement(width, x.dtype)
+        row = 3 * width * outputs
+        windows = products.as_strided((rows.blocks, 3 * rows.window, row), (rows.step * 3 * row, row, 1))
+        tall = torch.bmm(rows.forward, windows).view(2 * height, row)
+        out = x.new_empty(2 * height, columns.blocks, 2 * columns.half, outputs)
+        for block in range(columns.blocks):
+            windows = tall.as_strided(
+                (2 * height, 3 * columns.window, outputs), (row, outputs, 1), block * columns.step * 3 * outputs
+            )
+            matrix = columns.forward[block].expand(2 * height, -1, -1)
+            torch.bmm(matrix, windows, out=out[:, block])
+        return out.view(2 * height, 2 * width, outputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Each of the steps transposed, in reverse order."""
+        x, taps = ctx.saved_tensors
+        (height, width, inputs), outputs = x.shape, gradient.shape[2]
+        gradient = gradient.contiguous()
+        rows, columns = _enlargement(height, x.dtype), _enlargement(width, x.dtype)
+        row = 3 * width * outputs
+        tall = x.new_empty(2 * height, columns.blocks, 3 * columns.half, outputs)
+        for block in range(columns.blocks):
+            windows = gradient.as_strided(
+                (2 * height, 2 * columns.window, outputs),
+                (2 * width * outputs, outputs, 1),
+                block * columns.step * 2 * outputs,
+            )
+            torch.bmm(columns.backward[block].expand(2 * height, -1, -1), windows, out=tall[:, block])
+        # Blocks of columns hold l, j: bring them to j, (l, output), as the products lie.
+        tall = tall.view(2 * height, columns.blocks, 3, columns.half, outputs).transpose(2, 3).reshape(2 * height, row)
+        windows = tall.as_strided((rows.blocks, 2 * rows.window, row), (rows.step * 2 * row, row, 1))
+        products = torch.bmm(rows.backward, windows).view(rows.blocks, 3, rows.half * width, 3 * outputs)
+        dx, dtaps = torch.empty_like(x), torch.zeros_like(taps)
+        for block in range(rows.blocks):
+            own = slice(block * rows.half, (block + 1) * rows.half)
+            known, target = x[own].view(-1, inputs), dx[own].view(-1, inputs)
+            torch.mm(products[block, 0], taps[0].T, out=target)
+            for k in range(1, 3):
+                target.addmm_(products[block, k], taps[k].T)
+            for k in range(3):
+                dtaps[k].addmm_(known.T, products[block, k])
+        return dx, dtaps.view(3, inputs, 3, outputs).permute(3, 1, 0, 2)
+
+
+def enlarged_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """Enlarge one image's maps bilinearly to twice their size, then convolve them with reflection padding.
+
+    Both are linear and act on places and on channels apart: mixing channels first, at the small size, leaves nine
+    products a small pixel instead of nine a large one. Enlargement, shifts and sum are then small matrices along each
+    axis.
+
+    Args:
+        x: (1, C, H, W), best channels last.
+        weight: (outputs, C, 3, 3).
+
+    Returns:
+        (1, outputs, 2 H, 2 W), channels last.
+    """
+    y: Tensor = _EnlargedConvolution.apply(x.squeeze(0).permute(1, 2, 0).contiguous(), weight)  # type: ignore[no-untyped-call]
+    return y.permute(2, 0, 1)[None]
+
+
+class _EnlargedSquare(torch.autograd.Function):
+    """Sum of squares of each channel of enlarged maps, from (H, W, C) before the enlargement: (C,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The sum of x times G x, G the Gram matrix of the enlargement."""
+        height, width, _ = x.shape
+        columns = torch.matmul(_enlargement(width, x.dtype).gram, x)
+        mixed = torch.mm(_enlargement(height, x.dtype).gram, columns.flatten(1)).view_as(x)
+        ctx.save_for_backward(mixed)
+        return (x * mixed).sum((0, 1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        """G is symmetric."""
+        (mixed,) = ctx.saved_tensors
+        return cast("Tensor", mixed * (2 * gradient))
+
+
+def _norm_as_enlarged(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise maps (1, C, H, W) by the mean and the variance that they have once enlarged, which come after it."""
+    maps = x.squeeze(0).permute(1, 2, 0)
+    maps = maps - maps.mean((0, 1))  # the mean stays as it is: every pixel has the same share in the enlarged map
+    variance = _EnlargedSquare.apply(maps) / (4 * maps[..., 0].numel())  # type: ignore[no-untyped-call]
+    maps = torch.addcmul(bias, maps, weight * (variance + 1e-5).rsqrt())
+    return maps.permute(2, 0, 1)[None]
 
 
 def _convolution(images: int, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -95,8 +281,24 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Join what this scale passes on and what comes up from the scales below."""
+        if _single(x):
+            return self._single(x)
         low = F.interpolate(self.deeper(self.down(x)), scale_factor=2, mode="bilinear", align_corners=False)
         return self.up(self.norm(torch.cat([self.skip(x), low], dim=1)))
+
+    def _single(self, x: Tensor) -> Tensor:
+        """The same for one image; neither the enlarged maps are made nor the joined ones."""
+        skip, low = self.skip(x), self.deeper(self.down(x))
+        (convolution, *norm_and_slope), after = cast("nn.Sequential", self.up[0]), self.up[1]
+        assert isinstance(convolution, GroupedConv2d)
+        weight, bias, filters = self.norm.weight[0], self.norm.bias[0], convolution.weight[0]
+        thin = skip.shape[1]
+        skip = F.batch_norm(skip, None, None, weight[:thin], bias[:thin], training=True)
+        low = _norm_as_enlarged(low, weight[thin:], bias[thin:])
+        y = convolution.single(skip, filters[:, :thin]) + enlarged_convolution(low, filters[:, thin:])
+        for module in norm_and_slope:
+            y = module(y)
+        return cast("Tensor", after(y))
 
 
 class Hourglass(nn.Module):
@@ -121,6 +323,8 @@ class Hourglass(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return images in [0, 1] (N x 3 x H x W) from fixed noise (N x C x H x W)."""
+        if _single(x):
+            x = x.contiguous(memory_format=torch.channels_last)
         return torch.sigmoid(self.to_rgb(self.body(x)))
 
 
@@ -143,7 +347,7 @@ def invert(
     layer_weights: Sequence[float] | None = None,
     batch: int = 16,
     feature_batch: int = 16,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Find images whose features are the given ones (Brain-IT, Sec. D.2; size and input noise from the official code).
 
@@ -169,10 +373,10 @@ def invert(
         depth: channels of its input.
         scales: how often it halves the image.
         layer_weights: weight of every layer in the loss; None means equal. Only their ratios matter.
-        batch: images optimised together.
+        batch: images optimised together. Wide networks on a CPU run one by one whatever it is, which is quicker there.
         feature_batch: images that `features` is given at once: always exactly so many, with black ones to fill up,
-            because another number means other kernels, which round otherwise.
-        progress: called after every step with the image-steps it took (they add up to N * steps) and the mean loss.
+            because another number means other kernels, which round otherwise. One where networks run one by one.
+        progress: called after every step with the losses of the images that took it (they add up to N * steps losses).
 
     Returns:
         (N, 3, size, size) in [0, 1], on the targets' device.
@@ -183,11 +387,16 @@ def invert(
     if min(steps, batch, feature_batch) < 1:
         raise ValueError(f"steps={steps}, batch={batch}, feature_batch={feature_batch}: each must be at least 1")
     weights = _check(targets, seeds, size, scales, layer_weights)
+    one_by_one = targets[0].device.type == "cpu" and channels >= _WIDE
+    if one_by_one:
+        batch = feature_batch = 1
     images = []
     for first in range(0, len(seeds), batch):
         some = list(range(first, min(first + batch, len(seeds))))
         count = len(some)
-        if count == 1:  # A single group means other kernels too, so a lone image is given its double for company.
+        if (
+            count == 1 and not one_by_one
+        ):  # A single group means other kernels too, so a lone image is given its double for company.
             some = some * 2
         device, dtype = targets[0].device, targets[0].dtype
         generators = [torch.Generator().manual_seed(seeds[image]) for image in some]
@@ -219,7 +428,7 @@ def invert(
             output = output.detach()
             average = output if average is None else average.lerp_(output, 1 - ema)
             if progress is not None:
-                progress(count, float(losses.detach().mean()))
+                progress(losses.detach()[:count])
         assert average is not None
         images.append(average[:count])
     return torch.cat(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -223,7 +224,7 @@ def test_list_names_every_entry_and_measures_nothing(capsys: pytest.CaptureFixtu
     ("arguments", "expected"),
     [
         (["scor"], "no entry 'scor' (did you mean 'score'?)"),
-        (["xyz"], "no entry 'xyz'; there are score"),
+        (["xyz"], f"no entry 'xyz'; there are {', '.join(ENTRIES)}"),
         (["score", "--device", "cuda"], "entry 'score' is measured on cpu only, not on cuda"),
     ],
 )
@@ -295,3 +296,43 @@ def test_score_is_measured_on_images_and_features_that_tell_something() -> None:
         # A plain count, by ranks.
         r = np.corrcoef(*features)[:6, 6:]
         np.testing.assert_array_equal(wins, [rankdata(r[:, j])[j] - 1 for j in range(6)])
+
+
+def test_samples_drawn_together_are_those_of_single_reads() -> None:
+    """Own recordings and predicted ones, of subjects with different numbers of voxels; equal bits."""
+    from benchmark.perf import load
+
+    stored = load._stored(QUICK)
+    subjects, rows = (np.concatenate(part) for part in zip(*stored.order, strict=True))
+    known = len(stored.pool.data.target_ids)
+    assert {(s, row < known) for s, row in zip(subjects, rows, strict=True)} == {(s, k) for s in (0, 1) for k in (0, 1)}
+    found, expected = load.our_recordings(stored, QUICK), load.reference_recordings(stored, QUICK)
+    np.testing.assert_array_equal(found["recordings"], expected["recordings"])
+    assert len(np.unique(found["recordings"], axis=0)) > 40
+    root = stored.root
+    assert root.is_dir()
+    del stored
+    assert not root.exists()
+
+
+def test_images_sampled_together_are_those_of_single_images() -> None:
+    """To rounding, far below what the entry allows half precision; and images that differ from each other."""
+    from benchmark.perf import generate
+
+    inputs = generate._paper(QUICK)
+    plain = generate.reference(inputs, QUICK, "paper")
+    for name, images in generate.ours(inputs, QUICK, "paper").items():
+        np.testing.assert_allclose(images, plain[name], atol=1e-4)
+        assert np.abs(images[0] - images[1]).mean() > 0.01
+
+
+def test_entries_without_a_goal_are_told_without_a_verdict(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = dataclasses.replace(toy(), goals={"cpu": Goal(faster=1e-9)})
+    ENTRIES["toy"] = entry
+    assert call("toy", "--runs", "1", "--threads", "1") == 0
+    out = capsys.readouterr().out
+    assert "goal: 1e-09 times faster" in out and "smaller:" not in out
+    assert call("toy", "--runs", "1", "--threads", "1", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["entries"][0]["reached"] == {"faster": True}
+    assert call("generate", "--list") == 0
+    assert "goal:       cpu: none; cuda: 5 times faster\n" in capsys.readouterr().out

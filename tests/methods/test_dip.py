@@ -3,46 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from methods.brain_it.dip import GroupedConv2d, GroupedNorm, Hourglass, invert
+from benchmark.perf import dip
+from benchmark.perf.dip import plain_hourglass
+from benchmark.perf.entries import Job
+from methods.brain_it.dip import GroupedConv2d, GroupedNorm, Hourglass, enlarged_convolution, invert
 
 SMALL: dict[str, Any] = {"size": 32, "feature_size": 32, "channels": 4, "depth": 5, "scales": 2, "lr": 1e-2, "ema": 0.9}
-
-
-def plain_convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, padding_mode="reflect")
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2))
-
-
-class PlainScale(nn.Module):
-    def __init__(self, inputs: int, channels: int, skip: int, deeper: nn.Module) -> None:
-        super().__init__()
-        self.skip = plain_convolution(inputs, skip, 1)
-        self.down = nn.Sequential(
-            plain_convolution(inputs, channels, 3, 2),
-            plain_convolution(channels, channels, 3),
-            deeper,
-            nn.Upsample(scale_factor=2, mode="bilinear"),
-        )
-        self.up = nn.Sequential(
-            nn.BatchNorm2d(skip + channels),
-            plain_convolution(skip + channels, channels, 3),
-            plain_convolution(channels, channels, 1),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(torch.cat([self.skip(x), self.down(x)], 1))
-
-
-def plain_hourglass(depth: int = 32, channels: int = 128, skip: int = 2, scales: int = 3) -> nn.Sequential:
-    body: nn.Module = nn.Identity()
-    for level in reversed(range(scales)):
-        body = PlainScale(depth if level == 0 else channels, channels, skip, body)
-    return nn.Sequential(body, nn.Conv2d(channels, 3, 1), nn.Sigmoid())
 
 
 def features(images: torch.Tensor) -> list[torch.Tensor]:
@@ -101,14 +73,15 @@ def test_initial_weights_are_torchs_default() -> None:
     assert not torch.equal(convolution.weight[0], convolution.weight[1])
 
 
-def test_the_whole_network_equals_the_plain_one_gradients_too() -> None:
-    grouped = Hourglass(2, depth=5, channels=4, skip=2, scales=3)
-    grouped.initialise([torch.Generator().manual_seed(seed) for seed in (0, 1)])
+@pytest.mark.parametrize("images", [1, 2])  # one image alone takes another way
+def test_the_whole_network_equals_the_plain_one_gradients_too(images: int) -> None:
+    grouped = Hourglass(images, depth=5, channels=4, skip=2, scales=3)
+    grouped.initialise([torch.Generator().manual_seed(seed) for seed in range(images)])
     grouped = grouped.double()
-    x = torch.rand(2, 5, 32, 32, dtype=torch.float64)
+    x = torch.rand(images, 5, 32, 32, dtype=torch.float64)
     output = grouped(x)
     output.square().sum().backward()
-    for image in range(2):
+    for image in range(images):
         plain = plain_hourglass(depth=5, channels=4).double()
         pairs = list(zip(plain.parameters(), grouped.parameters(), strict=True))
         with torch.no_grad():
@@ -120,6 +93,50 @@ def test_the_whole_network_equals_the_plain_one_gradients_too() -> None:
         for mine, theirs in pairs:
             assert mine.grad is not None and theirs.grad is not None
             torch.testing.assert_close(theirs.grad[image], mine.grad, atol=1e-10, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (3, 4), (8, 5), (16, 32), (28, 14), (56, 20)])
+def test_the_convolution_of_enlarged_maps_is_that_of_the_enlarged_maps(height: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, height, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 5, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    enlarged = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    expected = F.conv2d(F.pad(enlarged, (1, 1, 1, 1), mode="reflect"), weight)
+    found = enlarged_convolution(x, weight)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
+    gradient = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, (x, weight), gradient),
+        torch.autograd.grad(expected, (x, weight), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
+
+
+def test_a_wide_network_has_the_loss_curve_of_the_plain_one() -> None:
+    """Step by step, at the width from which images run one by one; in float64, since steps amplify rounding."""
+    job = Job(quick=True, device="cpu", threads=1)
+    inputs = dip._inputs(job)
+    inputs.network.double()
+    inputs.targets[:] = [target.double() for target in inputs.targets]
+    ours, plain = dip.ours(inputs, job), dip.reference(inputs, job)
+    (curves,) = (value for name, value in plain.items() if "loss" in name)
+    assert curves.shape == (2, 3) and (curves[:, 0] == 1).all() and (np.abs(curves[:, 1:] - 1) > 1e-3).all()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, plain[name], atol=1e-9)
+    alone = dip._Inputs(inputs.network, [target[1:] for target in inputs.targets], inputs.seeds[1:], inputs.sizes)
+    image = invert(
+        alone.targets,
+        alone.features,
+        seeds=alone.seeds,
+        size=32,
+        feature_size=32,
+        steps=3,
+        channels=64,
+        depth=5,
+        scales=2,
+    )
+    np.testing.assert_array_equal(image, ours["images"][1:])
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
@@ -159,9 +176,9 @@ def test_the_image_comes_to_resemble_the_target() -> None:
     losses: list[float] = []
     progress: list[int] = []
 
-    def note(images: int, loss: float) -> None:
-        progress.append(images)
-        losses.append(loss)
+    def note(found: torch.Tensor) -> None:
+        progress.append(len(found))
+        losses.append(float(found.mean()))
 
     found = invert(features(wanted), features, seeds=[0, 1], steps=150, progress=note, **{**SMALL, "channels": 12})
     assert found.shape == wanted.shape

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
+from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
+from benchmark.perf.clusters import sklearn_steps
 from methods.brain_it.clustering import normalise
 from methods.brain_it.mixture import fit_full_mixture
 
@@ -33,8 +35,9 @@ def test_every_step_is_scikit_learns(steps: int) -> None:
     assert ours.log_likelihood == pytest.approx(theirs.lower_bound_, abs=1e-4)
     np.testing.assert_allclose(ours.weights, theirs.weights_, atol=1e-5)
     np.testing.assert_allclose(ours.means, theirs.means_, atol=1e-5)
-    precisions = ours.precision_factors @ ours.precision_factors.transpose(1, 2)
-    np.testing.assert_allclose(precisions, theirs.precisions_, rtol=2e-3, atol=2e-3 * np.abs(theirs.precisions_).max())
+    np.testing.assert_allclose(
+        ours.precisions, theirs.precisions_, rtol=2e-3, atol=2e-3 * np.abs(theirs.precisions_).max()
+    )
     agreement = (ours.predict(torch.from_numpy(x)).numpy() == theirs.predict(x)).mean()
     assert agreement > 0.999
 
@@ -42,7 +45,7 @@ def test_every_step_is_scikit_learns(steps: int) -> None:
 def test_the_joint_density_is_that_of_the_normal_distributions() -> None:
     x = embeddings(500, 5, 3)
     mixture = fit_full_mixture(x, 3, seed=0)
-    covariances = torch.linalg.inv(mixture.precision_factors @ mixture.precision_factors.transpose(1, 2))
+    covariances = torch.linalg.inv(mixture.precisions)
     expected = [
         np.log(float(mixture.weights[k])) + multivariate_normal(mixture.means[k], covariances[k]).logpdf(x)
         for k in range(3)
@@ -69,6 +72,35 @@ def test_more_columns_than_one_product_takes() -> None:
     finally:
         module._COLUMNS = narrow
     np.testing.assert_allclose(parts.means, whole.means, atol=1e-6)
+
+
+def test_what_is_out_of_the_question_is_left_out_and_nothing_else() -> None:
+    """In more coordinates than all components are compared in."""
+    x = embeddings(3000, 150, 6)
+    mixture = fit_full_mixture(x, 6, seed=0, max_iter=2)
+    points = torch.from_numpy(x)
+    whole = mixture.log_joint(points)
+    best = whole.max(1, keepdim=True).values
+    for within in (0.0, 23.0, 200.0):
+        joint = mixture.log_joint(points, within)
+        left = joint > -torch.inf
+        assert left[whole > best - within + 1e-2].all()
+        torch.testing.assert_close(joint[left & (whole > best - within)], whole[left & (whole > best - within)])
+        assert (joint.argmax(1) == whole.argmax(1)).float().mean() > 0.999
+    assert not left.all() and torch.isfinite(whole).all()
+    torch.testing.assert_close(mixture.log_joint(points, 23.0).logsumexp(1), whole.logsumexp(1))
+
+
+def test_many_coordinates_change_no_step() -> None:
+    x = embeddings(4000, 150, 6)
+    labels = KMeans(4, n_init=1, random_state=0).fit(x).labels_
+    ours = fit_full_mixture(x, 4, seed=0, max_iter=3, start=labels)
+    theirs = GaussianMixture(4, random_state=0)
+    log_likelihood = sklearn_steps(theirs, x, labels, 3)
+    assert ours.log_likelihood == pytest.approx(log_likelihood, abs=2e-3)
+    np.testing.assert_allclose(ours.means, theirs.means_, atol=1e-5)
+    np.testing.assert_allclose(ours.weights, theirs.weights_, atol=1e-5)
+    assert (ours.predict(torch.from_numpy(x)).numpy() == theirs.predict(x)).mean() > 0.999
 
 
 def test_a_flat_component_is_refused() -> None:
