@@ -152,7 +152,7 @@ def test_nothing_of_size_batch_x_voxels_x_dim_is_built() -> None:
     betas, subject = make_batch(layout, [0, 1] * 8)
     with LargestTensor() as largest:
         fast(betas, subject).sum().backward()
-    assert largest.elements <= fast.voxel_embeddings.numel() < betas.numel() * DIM / 4
+    assert largest.elements < 1.25 * fast.voxel_embeddings.numel() < betas.numel() * DIM / 4
 
 
 @settings(max_examples=25, deadline=None)
