@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmark.cli import Parser, main_guard, positive
 from benchmark.errors import RunError, UserError, did_you_mean
-from benchmark.perf.entries import ENTRIES, Entry, Job
+from benchmark.perf.entries import ENTRIES, Entry, Goal, Job
 from benchmark.progress import Progress
 
 if TYPE_CHECKING:
@@ -84,10 +84,11 @@ def _entry(name: str) -> Entry:
 
 
 def _described(entry: Entry) -> str:
-    goals = "; ".join(
-        f"{device}: {goal.faster:g} times faster, {goal.smaller:g} times less memory"
-        for device, goal in entry.goals.items()
-    )
+    def wanted(goal: Goal) -> str:
+        both = ((goal.faster, "times faster"), (goal.smaller, "times less memory"))
+        return ", ".join(f"{value:g} {what}" for value, what in both if value)
+
+    goals = "; ".join(f"{device}: {wanted(goal)}" for device, goal in entry.goals.items())
     return f"{entry.name}\n  ours:       {entry.ours}\n  reference:  {entry.reference}\n  goal:       {goals}"
 
 
@@ -112,8 +113,9 @@ def table(found: Measured) -> str:
     if found.quick:
         return "\n".join([*text, "  a quick run: its times and memory mean nothing"])
     for name, value, wanted in (("faster", total.faster, goal.faster), ("smaller", total.smaller, goal.smaller)):
-        verdict = "reached" if value >= wanted else "missed"
-        text.append(f"  goal: {wanted:g} times {name}: {value:.1f}, {verdict}")
+        if wanted:
+            verdict = "reached" if value >= wanted else "missed"
+            text.append(f"  goal: {wanted:g} times {name}: {value:.1f}, {verdict}")
     return "\n".join(text)
 
 

@@ -403,8 +403,8 @@ class BrainTokenizer(nn.Module):
 class ReferenceTokenizer(nn.Module):
     """The readable form of :class:`BrainTokenizer`: the same function and parameters, written with PyG.
 
-    It modulates every kept voxel and runs ``torch_geometric.nn.TransformerConv`` on the bipartite voxel -> cluster graph of
-    the batch, hence holds tensors of size batch x voxels x dim. Tests hold the fast form to it.
+    It modulates every kept voxel and runs ``torch_geometric.nn.TransformerConv`` on the bipartite graph, voxel ->
+    cluster, of the batch, hence holds tensors of size batch x voxels x dim. Tests hold the fast form to it.
     """
 
     def __init__(self, layout: VoxelLayout, dim: int = 512) -> None:
@@ -421,10 +421,10 @@ class ReferenceTokenizer(nn.Module):
 
     @classmethod
     def from_fast(cls, tokenizer: BrainTokenizer) -> ReferenceTokenizer:
-        """Build a reference with a copy of the weights of a fast tokenizer, in its dtype and on its device."""
+        """Build a reference on the weights of a fast tokenizer: the same memory, gradients of its own."""
         with torch.device("meta"):
             reference = cls(tokenizer.layout, tokenizer.dim)
-        weights = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+        weights = tokenizer.state_dict()
         named = {f"conv.{name}" if name.startswith("lin_") else name: value for name, value in weights.items()}
         reference.load_state_dict(named, assign=True)
         return reference
