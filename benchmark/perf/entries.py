@@ -75,6 +75,34 @@ ENTRIES: dict[str, Entry] = {
             module="benchmark.perf.load",
             goals={"cpu": Goal(faster=5.0)},
         ),
+        Entry(
+            name="tokenizer",
+            ours="BrainTokenizer, forward and backward: 39,548 voxels, 15,000 drawn for each example, 128 clusters",
+            reference="PyG's TransformerConv on the graph of kept voxels and clusters",
+            module="benchmark.perf.tokenizer",
+            goals={"cpu": Goal(faster=10.0, smaller=15.0), "cuda": Goal(faster=20.0, smaller=20.0)},
+        ),
+        Entry(
+            name="bit-step",
+            ours="one training step of either BIT at the paper's sizes, an eighth of its batch",
+            reference="the same written plainly: PyG's tokenizer, explicit attention, all logits, torch's AdamW",
+            module="benchmark.perf.bit_step",
+            goals={"cpu": Goal(faster=4.0), "cuda": Goal(faster=8.0)},
+        ),
+        Entry(
+            name="infonce",
+            ours="info_nce of 16,384 tokens and its gradients",
+            reference="cross-entropies of the whole matrix of logits",
+            module="benchmark.perf.infonce",
+            goals={"cpu": Goal(smaller=10.0), "cuda": Goal(faster=1.0, smaller=10.0)},
+        ),
+        Entry(
+            name="encoder",
+            ours="BrainEncoder, forward and backward: 32 images, 5,000 voxels each, 5 taps",
+            reference="its equations written plainly, a query for every voxel of every image",
+            module="benchmark.perf.encoder",
+            goals={"cpu": Goal(faster=3.0), "cuda": Goal(faster=5.0)},
+        ),
     )
 }
 """Every entry by name."""

@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Logits that are held at a time: 2**22 floats (16 MB) stay in a cache, 2**27 (0.5 GB) keep a GPU busy.
+_LOGITS_CPU = 2**22
+_LOGITS_GPU = 2**27
+
 
 def info_nce(pred: Tensor, target: Tensor, scale: float = 1.0, chunk: int | None = None) -> Tensor:
     """Symmetric InfoNCE between predicted and true tokens (Brain-IT, Sec. 4; details from the official code).
@@ -23,8 +27,9 @@ def info_nce(pred: Tensor, target: Tensor, scale: float = 1.0, chunk: int | None
         pred: (M, D) predictions.
         target: (M, D) their targets, in the same order.
         scale: inverse temperature.
-        chunk: rows of the M x M logit matrix to hold at a time, forward and backward; the whole matrix where None.
-            Value and gradients are the same (and may only be differentiated once).
+        chunk: rows of the M x M logit matrix to hold at a time, forward and backward; where None, the whole matrix if
+            it is small and else as many as fit a cache (on a GPU, half a gigabyte). Value and gradients are the same
+            (and may only be differentiated once).
 
     Returns:
         scalar loss.
@@ -38,6 +43,9 @@ def info_nce(pred: Tensor, target: Tensor, scale: float = 1.0, chunk: int | None
         raise ValueError(f"info_nce needs a chunk of at least one row, got {chunk}")
     dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
     pred, target = pred.to(dtype), target.to(dtype)
+    held = _LOGITS_GPU if pred.is_cuda else _LOGITS_CPU
+    if chunk is None and len(pred) ** 2 > held:
+        chunk = max(1, held // len(pred))
     with torch.autocast(pred.device.type, enabled=False):
         if chunk is not None:
             return _ChunkedInfoNCE.apply(pred, target, scale, chunk)
@@ -72,17 +80,18 @@ class _ChunkedInfoNCE(torch.autograd.Function):
         # The positives' share of the gradient, then what each block of logits adds.
         grad_pred, grad_target = -2 * target, -2 * pred
         for rows, logits in _logit_rows(pred, target, ctx.scale, ctx.chunk):
-            softmaxes = torch.exp(logits - row_lse[rows, None]) + torch.exp(logits - col_lse)
-            grad_pred[rows] += softmaxes @ target
-            grad_target += softmaxes.T @ pred[rows]
-        return factor * grad_pred, factor * grad_target, None, None
+            over_rows = (logits - row_lse[rows, None]).exp_()
+            softmaxes = logits.sub_(col_lse).exp_().add_(over_rows)
+            grad_pred[rows].addmm_(softmaxes, target)
+            grad_target.addmm_(softmaxes.T, pred[rows])
+        return grad_pred.mul_(factor), grad_target.mul_(factor), None, None
 
 
 def _logit_rows(pred: Tensor, target: Tensor, scale: float, chunk: int) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of the logit matrix, with their place in it."""
     for start in range(0, len(pred), chunk):
         rows = slice(start, start + chunk)
-        yield rows, scale * pred[rows] @ target.T
+        yield rows, (scale * pred[rows]) @ target.T
 
 
 def multi_layer_info_nce(
@@ -95,7 +104,7 @@ def multi_layer_info_nce(
         target: (B, n, D) true tokens in the same order.
         layer_sizes: tokens per example of each layer, summing to n (Brain-IT samples 512, 512, 128, 64, 16).
         scale: inverse temperature.
-        chunk: rows of the logit matrix to hold at a time.
+        chunk: as of :func:`info_nce`.
 
     Raises:
         ValueError: the shapes differ, are not (B, n, D), or ``layer_sizes`` does not sum to n.

@@ -14,8 +14,8 @@ the same gradients, from the remark that a modulated voxel is a scalar times a v
 
 * the score is ``x_v s_v`` plus ``q_c . b_k / sqrt(dim)``, where ``s_v = e_v . (W_k' q_c) / sqrt(dim)`` is one number
   per voxel whatever the batch; the second term is constant within a cluster, so the softmax cancels it;
-* the values sum to ``W_v (sum_v alpha_cv x_v e_v) + b_v``: a weighted sum of rows of the voxel table, then one
-  ``dim x dim`` map per token instead of one per voxel.
+* the values sum to ``W_v (sum_v alpha_cv x_v e_v) + b_v``: for all examples of a subject a matrix product of weights
+  and rows of the voxel table, then one ``dim x dim`` map per token instead of one per voxel.
 
 Nothing of size batch x voxels x dim is ever built.
 """
@@ -32,6 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+# Numbers of the voxel table that are worked on at a time: 2**20 floats (4 MB) stay in a core's share of the cache.
+_BLOCK_ELEMENTS_CPU = 2**20
+_BLOCK_ELEMENTS_GPU = 2**25
+_PADDING = 1 / 16  # of a block that may be padding whatever it holds: less than another block costs
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,52 +149,173 @@ def sample_voxels(
     return mask.scatter_(1, drawn, True)
 
 
-class _ClusterDot(torch.autograd.Function):
-    """Inner product of each row of a table with the vector of its cluster, one subject at a time.
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some cells (one cluster of one subject each) of about the same size as one rectangle: what is computed at a time.
 
-    Autograd on ``(table * vectors[labels]).sum(1)`` keeps two tensors as large as the voxel table (650 MB each for the
-    eight subjects of NSD) and adds all rows of a cluster into one row, which is slow on a GPU. Here the temporaries are
-    one subject wide, and the gradient of the cluster vectors is a weighted bag of table rows.
+    Attributes:
+        subjects: (k,) the cells' subjects, as positions in their group.
+        clusters: (k,) the cells' clusters.
+        voxels: (k, m) the subject's own indices of a cell's voxels; where a cell has fewer, its first is repeated.
+        rows: (k * m,) where these are in the voxel table.
+        padding: (k, 1, m) bool, what is such a repetition; None where nothing is.
+    """
+
+    subjects: Tensor
+    clusters: Tensor
+    voxels: Tensor
+    rows: Tensor
+    padding: Tensor | None
+
+
+def _blocks(layout: VoxelLayout, group: Sequence[int], n_rows: int, device: torch.device) -> list[_Block]:
+    """Cut the voxels of some subjects into blocks of about ``n_rows`` rows, cells of like size together."""
+    bounds = layout.bounds[list(group)].numpy()
+    sizes = np.diff(bounds).ravel()
+    largest_first = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+    starts = np.array(layout.starts)[list(group)]
+    order = layout.order[list(group)].numpy()
+    blocks = []
+    while len(largest_first):
+        size = int(sizes[largest_first[0]])
+        padded = size * np.arange(1, len(largest_first) + 1)
+        waste = padded - sizes[largest_first].cumsum()
+        fits = (padded <= n_rows) & (waste <= np.maximum(padded // 4, _PADDING * n_rows))
+        count = max(1, len(fits) if fits.all() else int(fits.argmin()))
+        cells, largest_first = largest_first[:count], largest_first[count:]
+        subjects, clusters = np.divmod(cells, layout.n_clusters)
+        place = np.arange(size)
+        padding = place >= sizes[cells, None]
+        voxels = order[subjects[:, None], bounds[subjects, clusters, None] + np.where(padding, 0, place)]
+        rows = (voxels + starts[subjects, None]).ravel()
+        blocks.append(
+            _Block(
+                *(torch.from_numpy(index).to(device) for index in (subjects, clusters, voxels, rows)),
+                padding=torch.from_numpy(padding[:, None]).to(device) if padding.any() else None,
+            )
+        )
+    return blocks
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A block and the examples that have it: (k, b) each cell's examples, the batch's size where it has fewer."""
+
+    block: _Block
+    examples: Tensor
+    ragged: bool
+    """Whether any cell has fewer."""
+
+
+class _ClusterAttention(torch.autograd.Function):
+    """Softmax attention of every cluster to its voxels, one block at a time.
+
+    With x the activations of a cluster's kept voxels, E their rows of the table and u the cluster's vector::
+
+        P = softmax over voxels of x * (E u),    pooled = (P * x) E
+
+    The rows of a block stay in the cache from the scores to the weighted sums, and all examples of a subject read them
+    in one matrix product. Voxels that are not kept take part with weight zero, which costs less than to look up, for
+    each example, the rows of those that are. The backward pass gathers the rows again and writes each row's gradient
+    once. Activations are (k, b, m), rows (k, m, dim), for k cells of m voxels and b examples.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        table: Tensor,
-        vectors: Tensor,
-        labels: Tensor,
-        members: Tensor,
-        bounds: Tensor,
-        sizes: tuple[int, ...],
-    ) -> Tensor:
-        ctx.save_for_backward(table, vectors, labels, members, bounds)
-        ctx.sizes = sizes
-        parts = zip(table.split(sizes), labels.split(sizes), strict=True)
-        return torch.cat([(vectors.index_select(0, label) * rows).sum(1) for rows, label in parts])
+        ctx: Any, table: Tensor, vectors: Tensor, betas: Tensor, keep: Tensor | None, work: Sequence[_Work]
+    ) -> tuple[Tensor, Tensor]:
+        batch, n_clusters = len(betas), len(vectors)
+        # One example more, for what stands where a cell has fewer examples.
+        pooled = betas.new_zeros((batch + 1) * n_clusters, table.shape[1])
+        filled = betas.new_zeros((batch + 1) * n_clusters)
+        saved = []
+        for part in work:
+            rows, own = _operands(table, vectors, part.block)
+            scale = (rows * own).sum(-1).unsqueeze(1)
+            place = _place(part, betas.shape)
+            x = betas.reshape(-1).index_select(0, place.view(-1)).view_as(place)
+            absent = _absent(part, keep, place, batch)
+            score = x * scale
+            if absent is not None:
+                x.masked_fill_(absent, 0)
+                score.masked_fill_(absent, -torch.inf)
+            # Where no voxel is kept there is no largest score; weights and their sum are zero.
+            score -= score.amax(-1, keepdim=True).clamp_(min=torch.finfo(score.dtype).min)
+            weight = score.exp_()
+            total = weight.sum(-1, keepdim=True)
+            weight /= total.clamp(min=1)
+            weighted = weight * x
+            tokens = _tokens(part, batch + 1, n_clusters)
+            pooled.index_add_(0, tokens, (weighted @ rows).flatten(0, 1))  # each once, so it fills in
+            filled.index_add_(0, tokens, total.flatten().sign_())
+            saved += [scale, x, weight, weighted]
+        ctx.save_for_backward(table, vectors, *saved)
+        ctx.work, ctx.shape = work, betas.shape
+        ctx.mark_non_differentiable(filled)
+        return pooled[: batch * n_clusters], filled[: batch * n_clusters]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        table, vectors, labels, members, bounds = ctx.saved_tensors
-        grad_table = grad_vectors = None
-        if ctx.needs_input_grad[0]:
-            grad_table = torch.empty_like(table)
-            for out, label, weight in zip(*(t.split(ctx.sizes) for t in (grad_table, labels, grad)), strict=True):
-                torch.index_select(vectors, 0, label, out=out).mul_(weight.unsqueeze(1))
-        if ctx.needs_input_grad[1]:
-            weight = grad.index_select(0, members)
-            bags = F.embedding_bag(
-                members, table, bounds, mode="sum", per_sample_weights=weight, include_last_offset=True
-            )
-            grad_vectors = bags.view(len(ctx.sizes), *vectors.shape).sum(0)
-        return grad_table, grad_vectors, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        table, vectors, *saved = ctx.saved_tensors
+        of_table, of_vectors, of_betas, *_ = ctx.needs_input_grad
+        grad_table = torch.zeros_like(table) if of_table else None
+        grad_vectors = torch.zeros_like(vectors) if of_vectors else None
+        grad_betas = grad.new_zeros(ctx.shape) if of_betas else None
+        with torch.autocast(grad.device.type, enabled=False):
+            for number, part in enumerate(ctx.work):
+                block = part.block
+                scale, x, weight, weighted = saved[4 * number : 4 * number + 4]
+                rows, own = _operands(table, vectors, block)
+                tokens = _tokens(part, ctx.shape[0], len(vectors))
+                incoming = grad.index_select(0, tokens).view(*x.shape[:2], -1)
+                # Through the weighted sum, then through the softmax.
+                grad_weighted = incoming @ rows.transpose(1, 2)
+                through = grad_weighted * weighted
+                grad_score = torch.addcmul(through, weight, through.sum(-1, keepdim=True), value=-1)
+                grad_scale = (grad_score * x).sum(1, keepdim=True)
+                if grad_table is not None:
+                    # The outer products of the weighted sum and of the scores, as one. Padding adds zero to a row.
+                    left = torch.cat([weighted, grad_scale], 1)
+                    right = torch.cat([incoming, own], 1)
+                    grad_table.index_add_(0, block.rows, (left.transpose(1, 2) @ right).flatten(0, 1))
+                if grad_vectors is not None:
+                    grad_vectors.index_add_(0, block.clusters, (grad_scale @ rows).squeeze(1))
+                if grad_betas is not None:
+                    grad_x = grad_weighted * weight + grad_score * scale
+                    grad_betas.view(-1).index_add_(0, _place(part, ctx.shape).view(-1), grad_x.view(-1))
+        return grad_table, grad_vectors, grad_betas, None, None
 
 
-def _softmax_by_group(score: Tensor, group: Tensor, n_groups: int) -> Tensor:
-    """Softmax of a flat vector within each group; groups without an entry simply do not occur."""
-    peak = score.new_full((n_groups,), -math.inf).scatter_reduce(0, group, score.detach(), "amax")
-    weight = torch.exp(score - peak.index_select(0, group))
-    return weight / weight.new_zeros(n_groups).index_add(0, group, weight).index_select(0, group)
+def _operands(table: Tensor, vectors: Tensor, block: _Block) -> tuple[Tensor, Tensor]:
+    """Rows of the table in a block (k, m, dim), and each cell's vector (k, 1, dim)."""
+    own = vectors.index_select(0, block.clusters).unsqueeze(1)
+    return table.index_select(0, block.rows).view(len(own), -1, own.shape[-1]), own
+
+
+def _tokens(part: _Work, batch: int, n_clusters: int) -> Tensor:
+    """Where the tokens of a block are among ``batch`` examples' (k * b,); of what is absent, some token of the last."""
+    examples = part.examples.clamp(max=batch - 1) if part.ragged else part.examples
+    return (examples * n_clusters + part.block.clusters.unsqueeze(1)).flatten()
+
+
+def _place(part: _Work, shape: torch.Size) -> Tensor:
+    """Where the activations of a block are in the flat betas; of what is absent, some place that there is."""
+    batch, width = shape
+    examples = part.examples.clamp(max=batch - 1) if part.ragged else part.examples
+    return examples.unsqueeze(2) * width + part.block.voxels.unsqueeze(1)
+
+
+def _absent(part: _Work, keep: Tensor | None, place: Tensor, batch: int) -> Tensor | None:
+    """Which activations of a block take no part: not kept, or padding of either kind; None where all do."""
+    absent = part.block.padding
+    if part.ragged:
+        beyond = (part.examples == batch).unsqueeze(2)
+        absent = beyond if absent is None else absent | beyond
+    if keep is not None:
+        dropped = ~keep.reshape(-1).index_select(0, place.view(-1)).view_as(place)
+        absent = dropped if absent is None else dropped | absent
+    return absent
 
 
 class BrainTokenizer(nn.Module):
@@ -199,13 +325,6 @@ class BrainTokenizer(nn.Module):
         layout: the subjects' voxels and clusters.
         dim: width D of embeddings and tokens.
     """
-
-    labels: Tensor
-    order: Tensor
-    members: Tensor
-    member_bounds: Tensor
-    starts: Tensor
-    n_voxels: Tensor
 
     def __init__(self, layout: VoxelLayout, dim: int = 512) -> None:
         super().__init__()
@@ -221,19 +340,7 @@ class BrainTokenizer(nn.Module):
         self.lin_skip = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-        starts = torch.tensor(layout.starts, device="cpu")
-        members = [layout.order[s, :n] + starts[s] for s, n in enumerate(layout.n_voxels)]
-        cells = (layout.bounds[:, :-1] + starts.unsqueeze(1)).flatten()
-        total = torch.tensor([layout.total_voxels], device="cpu")
-        for name, value in {
-            "labels": layout.labels,
-            "order": layout.order,
-            "members": torch.cat(members),  # (N,) rows of the table sorted by subject, then cluster
-            "member_bounds": torch.cat([cells, total]),  # (S * C + 1,) where each cell begins in `members`
-            "starts": starts,
-            "n_voxels": torch.tensor(layout.n_voxels, device="cpu"),
-        }.items():
-            self.register_buffer(name, value, persistent=False)
+        self._known_blocks: dict[tuple[int, torch.device], list[_Block]] = {}  # by the first subject of a group
 
     def forward(self, betas: Tensor, subject: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens of each example.
@@ -262,49 +369,42 @@ class BrainTokenizer(nn.Module):
 
         In float32 (or wider) under autocast too: the scores enter an exponential.
         """
-        n_clusters, n_examples = self.layout.n_clusters, len(subject)
+        table = self.voxel_embeddings
         with torch.autocast(betas.device.type, enabled=False):
-            scale = self._score_scale()
+            query = self.lin_query(self.cluster_embeddings) / math.sqrt(self.dim)
+            # The key bias cannot change a softmax. It enters with weight zero so that it has a gradient, of zero, as
+            # PyG's has: distributed training fails on parameters that take no part.
+            vectors = query @ self.lin_key.weight + 0.0 * self.lin_key.bias
+            work = self._work(subject, table.device)
+            pooled, filled = _ClusterAttention.apply(table, vectors, betas.to(table.dtype), keep, work)
+        return pooled, filled
 
-            # One entry per example and kept voxel, sorted by example, then cluster.
-            order = self.order[subject]
-            present = torch.arange(order.shape[1], device=order.device) < self.n_voxels[subject].unsqueeze(1)
-            if keep is not None:
-                present = present & keep.gather(1, order)
-            example, place = present.nonzero(as_tuple=True)
-            local = order[example, place]
-            voxel = local + self.starts[subject].index_select(0, example)
-            group = example * n_clusters + self.labels.index_select(0, voxel)
-            activation = betas.to(scale.dtype)[example, local]
-
-            weight = _softmax_by_group(activation * scale.index_select(0, voxel), group, n_examples * n_clusters)
-            size = torch.bincount(group, minlength=n_examples * n_clusters)
-            pooled = F.embedding_bag(
-                voxel,
-                self.voxel_embeddings,
-                F.pad(size.cumsum(0), (1, 0)),
-                mode="sum",
-                per_sample_weights=weight * activation,
-                include_last_offset=True,
-            )
-        return pooled, (size > 0).to(pooled.dtype)
-
-    def _score_scale(self) -> Tensor:
-        """(N,) factor s_v that turns a voxel's activation into its attention score."""
-        query = self.lin_query(self.cluster_embeddings) / math.sqrt(self.dim)
-        # The key bias cannot change a softmax. It enters with weight zero so that it has a gradient, of zero, as PyG's
-        # has: distributed training fails on parameters that take no part.
-        key_side = query @ self.lin_key.weight + 0.0 * self.lin_key.bias
-        return _ClusterDot.apply(
-            self.voxel_embeddings, key_side, self.labels, self.members, self.member_bounds, self.layout.n_voxels
-        )
+    def _work(self, subject: Tensor, device: torch.device) -> list[_Work]:
+        """Which blocks the batch needs, and for which examples."""
+        elements = _BLOCK_ELEMENTS_GPU if device.type == "cuda" else _BLOCK_ELEMENTS_CPU
+        n_rows = max(1, elements // self.dim)
+        together = max(1, n_rows // self.layout.max_voxels)  # subjects in a group
+        positions = subject.tolist()
+        work = []
+        for first in range(0, self.layout.n_subjects, together):
+            group = range(first, min(first + together, self.layout.n_subjects))
+            examples = [[k for k, position in enumerate(positions) if position == member] for member in group]
+            most = max(map(len, examples))
+            if not most:
+                continue
+            if (first, device) not in self._known_blocks:
+                self._known_blocks[first, device] = _blocks(self.layout, group, n_rows, device)
+            ragged = min(map(len, examples)) < most
+            slots = torch.tensor([own + [len(positions)] * (most - len(own)) for own in examples], device=device)
+            work += [_Work(block, slots[block.subjects], ragged) for block in self._known_blocks[first, device]]
+        return work
 
 
 class ReferenceTokenizer(nn.Module):
     """The readable form of :class:`BrainTokenizer`: the same function and parameters, written with PyG.
 
-    It modulates every voxel and runs ``torch_geometric.nn.TransformerConv`` on the bipartite voxel -> cluster graph of
-    the batch, hence holds tensors of size batch x voxels x dim. Tests hold the fast form to it.
+    It modulates every kept voxel and runs ``torch_geometric.nn.TransformerConv`` on the bipartite graph, voxel ->
+    cluster, of the batch, hence holds tensors of size batch x voxels x dim. Tests hold the fast form to it.
     """
 
     def __init__(self, layout: VoxelLayout, dim: int = 512) -> None:
@@ -321,10 +421,12 @@ class ReferenceTokenizer(nn.Module):
 
     @classmethod
     def from_fast(cls, tokenizer: BrainTokenizer) -> ReferenceTokenizer:
-        """Build a reference with a copy of the weights of a fast tokenizer, in its dtype and on its device."""
-        reference = cls(tokenizer.layout, tokenizer.dim).to(tokenizer.voxel_embeddings)
+        """Build a reference on the weights of a fast tokenizer: the same memory, gradients of its own."""
+        with torch.device("meta"):
+            reference = cls(tokenizer.layout, tokenizer.dim)
         weights = tokenizer.state_dict()
-        reference.load_state_dict({f"conv.{k}" if k.startswith("lin_") else k: v for k, v in weights.items()})
+        named = {f"conv.{name}" if name.startswith("lin_") else name: value for name, value in weights.items()}
+        reference.load_state_dict(named, assign=True)
         return reference
 
     def forward(self, betas: Tensor, subject: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -335,11 +437,11 @@ class ReferenceTokenizer(nn.Module):
         for example, position in enumerate(subject.tolist()):
             rows = self.layout.rows(position)
             n_voxels = self.layout.n_voxels[position]
-            modulated.append(betas[example, :n_voxels, None] * self.voxel_embeddings[rows])
             local = torch.arange(n_voxels) if keep is None else keep[example, :n_voxels].nonzero().flatten().cpu()
-            sources.append(first + local)
+            modulated.append(betas[example, local, None] * self.voxel_embeddings[rows][local])
+            sources.append(torch.arange(first, first + len(local)))
             targets.append(example * n_clusters + self.layout.labels[rows][local])
-            first += n_voxels
+            first += len(local)
         edges = torch.stack([torch.cat(sources), torch.cat(targets)]).to(betas.device)
         clusters = self.cluster_embeddings.repeat(len(subject), 1)
         tokens = self.conv((torch.cat(modulated), clusters), edges)

@@ -58,6 +58,30 @@ def test_chunks_never_hold_the_full_matrix() -> None:
     assert largest.elements <= 10 * 60
 
 
+def test_large_matrices_are_taken_in_chunks_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("methods.brain_it.losses._LOGITS_CPU", 300)
+    for rows in (17, 18, 60, 400):  # 17 x 17 fits
+        pred, target = tokens(rows, 5)
+        with LargestTensor() as largest:
+            loss = info_nce(pred, target)
+            got = torch.autograd.grad(loss, (pred, target))
+        assert largest.elements <= max(300, 5 * rows)
+        want = torch.autograd.grad(full_info_nce(pred, target, 1.0), (pred, target))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_rounding_only(dtype: torch.dtype) -> None:
+    """Logits are float32 for tokens of either kind; a bf16 gradient is rounded at the end."""
+    pred, target = (x.detach().to(dtype).requires_grad_() for x in tokens(90, 16))
+    loss, want = info_nce(pred, target, chunk=13), info_nce(pred, target)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+    grads = zip(*(torch.autograd.grad(value, (pred, target)) for value in (loss, want)), strict=True)
+    for a, b in grads:
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 def test_chunked_gradient_is_numerically_right() -> None:
     pred, target = tokens(9, 3)
     assert torch.autograd.gradcheck(lambda p, t: info_nce(p, t, 0.7, chunk=4), (pred, target))
