@@ -9,7 +9,7 @@ smaller batch has fewer logits for each example, on either side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
@@ -93,8 +93,8 @@ class _Inputs:
 def _sizes(job: Job, branch: Branch) -> _Sizes:
     variant = paper()
     config: BranchConfig = variant.lowlevel if branch == "lowlevel" else variant.semantic
-    voxels, clusters, batch, layers, queries, out = _NSD, variant.clustering.n_clusters, config.batch, _VGG, 256, 1664
-    batch //= _SHARE
+    voxels: tuple[int, ...] = _NSD
+    clusters, batch, layers, queries, out = variant.clustering.n_clusters, config.batch // _SHARE, _VGG, 256, 1664
     if job.quick:
         config = config.model_copy(update={"dim": 32, "depth": 2, "heads": 4, "voxels_per_example": 60})
         voxels, clusters, batch, layers, queries, out = (150, 130, 150), 9, 4, _SMALL_VGG, 14, 24
@@ -119,14 +119,18 @@ def _prepare(job: Job, branch: Branch) -> _Inputs:
     betas = torch.randn(sizes.batch, max(sizes.voxels), generator=generator)
     betas.masked_fill_(torch.arange(betas.shape[1]) >= counts.unsqueeze(1), 0)
     draws = sizes.tokenizer.draws
-    inputs = (
-        betas,
-        subject,
-        sample_voxels(counts, draws, sizes.batch, generator, width=betas.shape[1]),
-        None if sizes.layers is None else sizes.layers.sample_positions(sizes.batch, generator),
-        torch.randn(sizes.batch, sizes.asked, sizes.out, generator=generator),
+    keep = sample_voxels(counts, draws, sizes.batch, generator, width=betas.shape[1])
+    asked = None if sizes.layers is None else sizes.layers.sample_positions(sizes.batch, generator)
+    true = torch.randn(sizes.batch, sizes.asked, sizes.out, generator=generator)
+    return _Inputs(
+        bit.to(job.device),
+        sizes,
+        betas.to(job.device),
+        subject.to(job.device),
+        keep.to(job.device),
+        None if asked is None else asked.to(job.device),
+        true.to(job.device),
     )
-    return _Inputs(bit.to(job.device), sizes, *(x if x is None else x.to(job.device) for x in inputs))
 
 
 def _results(bit: nn.Module, loss: Tensor, branch: Branch) -> Results:
@@ -235,8 +239,13 @@ def _floor(job: Job, branch: Branch) -> Floor:
 
 
 def _part(name: str, branch: Branch) -> Part:
-    sides: list[Callable[[_Inputs, Job], Results]] = [partial(side, branch=branch) for side in (ours, reference)]
-    return Part(name, partial(_prepare, branch=branch), *sides, floor=partial(_floor, branch=branch))
+    return Part(
+        name,
+        prepare=partial(_prepare, branch=branch),
+        ours=partial(ours, branch=branch),
+        reference=partial(reference, branch=branch),
+        floor=partial(_floor, branch=branch),
+    )
 
 
 PARTS: tuple[Part, ...] = (_part("low-level, 8 examples", "lowlevel"), _part("semantic, 16 examples", "semantic"))

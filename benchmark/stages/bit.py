@@ -90,8 +90,8 @@ class Pool:
         image[~measured] = self.images[pick[~measured] - real]
         rows = np.where(measured, self.rows[clipped], image + len(self.data.target_ids))
         betas = torch.zeros(size, max(self.data.n_voxels))
-        own = np.flatnonzero(measured)
-        self.data.put_betas(betas, own, subject[own], self.samples.row[pick[own]])
+        recorded = np.flatnonzero(measured)
+        self.data.put_betas(betas, recorded, subject[recorded], self.samples.row[pick[recorded]])
         for place, predicted in self._predicted(np.flatnonzero(~measured), image, subject):
             betas[place, : len(predicted)].copy_(predicted)
         return Batch(betas, torch.from_numpy(subject), rows)

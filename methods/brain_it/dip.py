@@ -179,7 +179,7 @@ class _EnlargedConvolution(torch.autograd.Function):
         return out.view(2 * height, 2 * width, outputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Each of the steps transposed, in reverse order."""
         x, taps = ctx.saved_tensors
         (height, width, inputs), outputs = x.shape, gradient.shape[2]
@@ -224,7 +224,7 @@ def enlarged_convolution(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (1, outputs, 2 H, 2 W), channels last.
     """
-    y: Tensor = _EnlargedConvolution.apply(x.squeeze(0).permute(1, 2, 0).contiguous(), weight)  # type: ignore[no-untyped-call]
+    y: Tensor = _EnlargedConvolution.apply(x.squeeze(0).permute(1, 2, 0).contiguous(), weight)
     return y.permute(2, 0, 1)[None]
 
 
@@ -241,7 +241,7 @@ class _EnlargedSquare(torch.autograd.Function):
         return (x * mixed).sum((0, 1))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """G is symmetric."""
         (mixed,) = ctx.saved_tensors
         return cast("Tensor", mixed * (2 * gradient))
@@ -251,7 +251,7 @@ def _norm_as_enlarged(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Normalise maps (1, C, H, W) by the mean and the variance that they have once enlarged, which come after it."""
     maps = x.squeeze(0).permute(1, 2, 0)
     maps = maps - maps.mean((0, 1))  # the mean stays as it is: every pixel has the same share in the enlarged map
-    variance = _EnlargedSquare.apply(maps) / (4 * maps[..., 0].numel())  # type: ignore[no-untyped-call]
+    variance = _EnlargedSquare.apply(maps) / (4 * maps[..., 0].numel())
     maps = torch.addcmul(bias, maps, weight * (variance + 1e-5).rsqrt())
     return maps.permute(2, 0, 1)[None]
 

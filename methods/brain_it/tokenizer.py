@@ -188,12 +188,12 @@ def _blocks(layout: VoxelLayout, group: Sequence[int], n_rows: int, device: torc
         padding = place >= sizes[cells, None]
         voxels = order[subjects[:, None], bounds[subjects, clusters, None] + np.where(padding, 0, place)]
         rows = (voxels + starts[subjects, None]).ravel()
-        blocks.append(
-            _Block(
-                *(torch.from_numpy(index).to(device) for index in (subjects, clusters, voxels, rows)),
-                padding=torch.from_numpy(padding[:, None]).to(device) if padding.any() else None,
-            )
-        )
+
+        def tensor(index: np.ndarray) -> Tensor:
+            return torch.from_numpy(index).to(device)
+
+        repeated = tensor(padding[:, None]) if padding.any() else None
+        blocks.append(_Block(tensor(subjects), tensor(clusters), tensor(voxels), tensor(rows), repeated))
     return blocks
 
 
