@@ -39,7 +39,7 @@ class Entry:
         rank_high: 97.5 percentile.
         place: one more than the rows whose interval of ranks ends before this row's begins; the rank itself where there
             are no intervals.
-        tied: whether another row has this place.
+        tied: whether another row's interval of ranks overlaps this one's.
     """
 
     row: Row
@@ -207,13 +207,19 @@ def _with_uncertainty(entry: Entry, resampled: Floats, index: int) -> Entry:
 
 
 def _with_ties(ranked: Sequence[Entry]) -> list[Entry]:
-    def place(entry: Entry) -> int | None:
-        if entry.rank_low is None:
-            return entry.rank
-        return 1 + sum(other.rank_high is not None and other.rank_high < entry.rank_low for other in ranked)
+    def ends(entry: Entry) -> tuple[int, int]:
+        rank = entry.rank or 0
+        low, high = entry.rank_low, entry.rank_high
+        return (rank, rank) if low is None or high is None else (low, high)
 
-    places = [place(entry) for entry in ranked]
-    return [replace(one, place=own, tied=places.count(own) > 1) for one, own in zip(ranked, places, strict=True)]
+    placed = []
+    for entry in ranked:
+        low, high = ends(entry)
+        others = [ends(other) for other in ranked if other is not entry]
+        before = sum(end < low for _, end in others)
+        meets = any(start <= high and end >= low for start, end in others)
+        placed.append(replace(entry, place=1 + before, tied=meets))
+    return placed
 
 
 def _sentence(ranking: Ranking, ranked: Sequence[Entry], metrics: Sequence[str], per_image: Any, seed: int) -> str:

@@ -155,6 +155,7 @@ def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Pa
         table = answer.per_image(out)
         data = None if table is None else scores(table, answer.rows[0].track)
         ranking = rank(answer.rows, data)
+        grid_file = _write_grid(answer, to)
         chapters.append(
             Chapter(
                 ranking,
@@ -167,9 +168,10 @@ def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Pa
                 answer.orderings,
                 answer.table,
                 answer.pictures,
+                grid_file,
             )
         )
-        parts.append(_markdown(answer, ranking, _write_grid(answer, to)))
+        parts.append(_markdown(answer, ranking, grid_file))
     title = "What the sweeps found"
     about = _about(answers)
     to.mkdir(parents=True, exist_ok=True)

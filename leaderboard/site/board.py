@@ -82,6 +82,8 @@ def board(
         body.append(_orderings(chapter, level + 1))
         body.append(_cost(chapter, number, level + 1))
         body += [_curves(chapter, axis, level + 1) for axis in chapter.axes]
+        if chapter.grid:
+            body.append(_grid(chapter, number, level + 1))
         if chapter.galleries:
             body.append(_galleries(chapter, places[number], level + 1))
         body.append("</section>\n")
@@ -92,6 +94,13 @@ def board(
         '<a class="button" href="pair.html">Compare image by image</a> <button type="button">Clear</button></div>\n'
     )
     return document(title, body)
+
+
+def _grid(chapter: Chapter, number: int, level: int) -> str:
+    """The picture of all variants side by side."""
+    alt = f"{chapter.title} The first test images of one subject as seen, and below what each variant makes of them."
+    picture = f'<img class="grid" src="{escape(chapter.grid)}" alt="{escape(alt)}" loading="lazy">\n'
+    return f"<h{level}>Side by side</h{level}>\n" + scroll(f"side by side {number + 1}", picture)
 
 
 def _head(chapter: Chapter, level: int) -> str:

@@ -75,6 +75,7 @@ class Chapter:
         notes: metric key -> what fills it; default what the rows say.
         orderings: of the published table that the sweep answers.
         table: what that table is called.
+        grid: picture of what each variant makes of the first test images, a path within the site's folder.
     """
 
     ranking: Ranking
@@ -87,6 +88,7 @@ class Chapter:
     orderings: tuple[Ordering, ...] = ()
     table: str = ""
     pictures: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    grid: str = ""
 
     @cached_property
     def told(self) -> Mapping[str, str]:

@@ -122,9 +122,10 @@ def test_the_page_has_a_chapter_a_sweep_with_table_curves_orderings_and_images(o
 
 
 def test_a_grid_shows_what_each_variant_makes_of_the_same_images(out: Path) -> None:
-    _, text = write_page(out, out / "report", read_answers(out))
+    page, text = write_page(out, out / "report", read_answers(out))
     for sweep, variants in (("clusters", 2), ("external", 3)):
         assert f"(grids/{sweep}.png)" in text.read_text()
+        assert f'<img class="grid" src="grids/{sweep}.png" alt="About &lt;{sweep}&gt;?' in page.read_text()
         with Image.open(out / "report" / "grids" / f"{sweep}.png") as sheet:
             pixels = np.asarray(sheet)
         rows = 1 + variants  # as seen, then a row a variant
