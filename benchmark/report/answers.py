@@ -33,12 +33,13 @@ from leaderboard.ranking import Ranking, rank
 from leaderboard.results import RESULTS, Result
 from leaderboard.schema import Row, row_id, write_atomically
 from leaderboard.site import Axis, Chapter, Gallery, build_report
+from leaderboard.site.charts import sheet
 from leaderboard.statistics import scores
 from leaderboard.table import markdown
 
 SCHEMA_VERSION = 2  # 1 had no differences
 FOLDER, FILE = "sweeps", "answer.json"
-GRIDS = "grids"
+GRIDS, CURVES = "grids", "curves"
 _IMAGES = ("seen", "lowlevel", "semantic", "combined")
 
 
@@ -149,7 +150,7 @@ def read_answers(out: Path) -> list[Answer]:
 
 
 def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Path]:
-    """Write the site and ``report.md`` (with ``grids/``) of these answers into ``to``; return their paths."""
+    """Write the site and ``report.md`` (with ``grids/`` and ``curves/``) into ``to``; return their paths."""
     chapters, parts = [], []
     for answer in answers:
         table = answer.per_image(out)
@@ -171,7 +172,7 @@ def write_page(out: Path, to: Path, answers: Sequence[Answer]) -> tuple[Path, Pa
                 grid_file,
             )
         )
-        parts.append(_markdown(answer, ranking, grid_file))
+        parts.append(_markdown(answer, ranking, grid_file, _write_curves(answer, ranking, to)))
     title = "What the sweeps found"
     about = _about(answers)
     to.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,16 @@ def _write_grid(answer: Answer, to: Path) -> str:
     return f"{GRIDS}/{file.name}"
 
 
-def _markdown(answer: Answer, ranking: Ranking, grid_file: str) -> str:
+def _write_curves(answer: Answer, ranking: Ranking, to: Path) -> str:
+    """Write the metrics along the sweep's axis; return the file's path within ``to``, or nothing."""
+    picture = sheet(ranking, answer.axis) if answer.axis is not None else ""
+    if not picture:
+        return ""
+    write_atomically(to / CURVES / f"{answer.sweep}.svg", picture.encode())
+    return f"{CURVES}/{answer.sweep}.svg"
+
+
+def _markdown(answer: Answer, ranking: Ranking, grid_file: str, curves_file: str) -> str:
     lines = [f"## {answer.title}", "", answer.question.strip(), ""]
     if answer.orderings:
         lines += [
@@ -222,6 +232,8 @@ def _markdown(answer: Answer, ranking: Ranking, grid_file: str) -> str:
     if answer.differences:
         lines += [differences_markdown(answer.differences), "", DIFFERENCES[:1].upper() + DIFFERENCES[1:], ""]
     lines += [*(f"{sentence}\n" for sentence in answer.sentences)]
+    if curves_file and answer.axis is not None:
+        lines += [f"![{answer.title}: each metric against {answer.axis.name}, with 95 % intervals]({curves_file})", ""]
     if grid_file:
         lines += [f"![{answer.title}: the first test images as seen, and as reconstructed]({grid_file})", ""]
     return "\n".join(lines)

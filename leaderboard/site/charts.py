@@ -9,6 +9,7 @@ from html import escape
 
 import numpy as np
 
+from leaderboard.ranking import Ranking
 from leaderboard.schema import Interval, Row
 from leaderboard.site.chapters import Axis
 from leaderboard.statistics import Floats
@@ -78,10 +79,13 @@ def curve(
         label = tick_label(key, mark, marks)
         parts.append(f'<text x="{_LEFT - 5}" y="{y(mark) + 4:.1f}" text-anchor="end">{label}</text>')
     small = ' class="long"' if max(map(len, places)) * len(places) > 34 else ""
-    for row in rows:
-        at = axis.values[row.variant]
-        label = escape(axis.label(row.variant))
-        parts.append(f'<text{small} x="{x(at):.1f}" y="{_HEIGHT - 4}" text-anchor="middle">{label}</text>')
+    free = -math.inf  # where the last label ends: one that would lie over it is left out
+    for row in sorted(rows, key=lambda row: axis.values[row.variant]):
+        place, label = x(axis.values[row.variant]), axis.label(row.variant)
+        half = 3.2 * len(label)
+        if axis.labels or place - half >= free:
+            parts.append(f'<text{small} x="{place:.1f}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(label)}</text>')
+            free = place + half
     parts += [f'<path class="ref d{index % 4}" d="M{_LEFT} {y(mean):.1f}H{_WIDTH - _RIGHT}"/>' for index, mean in lines]
     for point in own:
         value = point.value
@@ -108,6 +112,47 @@ def curve(
         if series
     )
     return f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(spoken)}">{"".join(parts)}</svg>'
+
+
+# What page.css says of a curve, for a picture that stands by itself; both light, on white.
+_SHEET_STYLE = (
+    "text{font:11px Helvetica,Arial,sans-serif;fill:#5c626b}.title{font-size:13px;font-weight:bold;fill:#1b1d21}"
+    ".long{font-size:8px}.grid{stroke:#dfe1e4}.bar,.line{stroke:#0b5cab;fill:none;stroke-width:1.5}.dot{fill:#0b5cab}"
+    ".ref{stroke:#6b7280;stroke-width:1.4;fill:none}.d0{stroke-dasharray:1 4;stroke-linecap:round}"
+    ".d1{stroke-dasharray:5 4}.d2{stroke-dasharray:9 3 2 3}.d3{stroke-dasharray:14 4}"
+)
+_COLUMNS, _TITLE, _GAP = 4, 22.0, 14.0
+
+
+def sheet(ranking: Ranking, axis: Axis) -> str:
+    """Return every metric along an axis as one SVG document; empty where fewer than two rows are on the axis."""
+    rows = [entry.row for entry in ranking.entries if entry.row.variant in axis.values]
+    rows.sort(key=lambda row: axis.values[row.variant])
+    if len(rows) < 2:
+        return ""
+    wide, high = _WIDTH + _GAP, _HEIGHT + _TITLE + _GAP
+    parts = []
+    for place, key in enumerate(ranking.metrics):
+        left, top = _GAP + place % _COLUMNS * wide, _GAP + place // _COLUMNS * high
+        lines = [(k, row.metrics[key].mean) for k, row in enumerate(ranking.references) if key in row.metrics]
+        panel = curve(key, rows, axis, own=own_points(key, rows, axis), lines=lines)
+        size = f'<svg x="{left:g}" y="{top + _TITLE:g}" width="{_WIDTH:g}" height="{_HEIGHT:g}" '
+        parts.append(f'<text class="title" x="{left:g}" y="{top + 13:g}">{escape(key)} {CARDS[key].arrow}</text>')
+        parts.append(panel.replace("<svg ", size, 1))
+    bottom = _GAP + -(-len(ranking.metrics) // _COLUMNS) * high
+    across = _GAP
+    for k, row in enumerate(ranking.references):
+        parts.append(f'<path class="ref d{k % 4}" d="M{across:g} {bottom + 6:g}h34"/>')
+        parts.append(f'<text x="{across + 40:g}" y="{bottom + 10:g}">{escape(row.name)}</text>')
+        across += 64 + 6.5 * len(row.name)
+    width, height = _GAP + _COLUMNS * wide, bottom + 24
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'height="{height:g}">\n<title>{escape(f"All metrics against {axis.name}")}</title>\n'
+        f'<style>{_SHEET_STYLE}</style>\n<rect width="100%" height="100%" fill="#fff"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
 
 
 def _spoken(key: str, axis: Axis, point: Point) -> str:

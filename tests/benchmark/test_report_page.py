@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +120,20 @@ def test_the_page_has_a_chapter_a_sweep_with_table_curves_orderings_and_images(o
     lines = text.read_text()
     assert lines.count("\n## ") == 2 and "| clusters=8 | worse: holds |" in lines and "It is so." in lines
     assert "No number compares with a published one" in lines
+
+
+def test_curves_stand_beside_the_markdown_as_pictures_of_their_own(out: Path) -> None:
+    _, text = write_page(out, out / "report", read_answers(out))
+    for sweep, points in (("clusters", 2), ("external", 3)):
+        assert f"against {sweep}, with 95 % intervals](curves/{sweep}.svg)" in text.read_text()
+        root = ElementTree.parse(out / "report" / "curves" / f"{sweep}.svg").getroot()
+        panels = [one for one in root if one.tag.endswith("}svg")]
+        assert len(panels) == len(METRICS)
+        for panel in panels:
+            assert len([one for one in panel if one.get("class") == "dot"]) == points
+            assert len([one for one in panel if one.get("class") == "bar"]) == points
+        titles = [one.text for one in root if one.get("class") == "title"]
+        assert titles == ["PixCorr ↑", "Eff ↓"]
 
 
 def test_a_grid_shows_what_each_variant_makes_of_the_same_images(out: Path) -> None:
