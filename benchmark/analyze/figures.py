@@ -69,6 +69,7 @@ def places_on_sheet(maps: Floats) -> tuple[np.ndarray, int]:
 
 def shades(one: Floats) -> np.ndarray:
     """Return a map as uint8, 0 at its smallest and 255 at its largest value; a flat one is grey."""
+    one = one.astype(np.float32).astype(np.float64)  # as maps are saved, so that who reads these draws the same
     low, high = float(one.min()), float(one.max())
     if high - low < 1e-12:
         return np.full(one.shape, 128, np.uint8)

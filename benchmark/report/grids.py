@@ -29,7 +29,7 @@ def contact_sheet(rows: Mapping[str, np.ndarray], cell: int = 76, columns: int |
     blocks = [slice(start, start + columns) for start in range(0, n, columns)]
     lines = [(label, images[block]) for block in blocks for label, images in rows.items()]
     font = ImageFont.load_default(size=_FONT)
-    left = max(_LABEL, *(int(font.getlength(label)) + 3 * _GAP for label in rows))
+    left = max(_LABEL, *(int(font.getlength(label)) + _GAP for label in rows))
     size = (_MARGIN + left + cell * columns + _MARGIN, _MARGIN + cell * len(lines) + _MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)

@@ -232,13 +232,14 @@ def check_outputs(args: argparse.Namespace) -> None:
     targets = {"--out": None if args.out in (None, "-") else Path(args.out), "--per-image": args.per_image}
     named = {option: path for option, path in targets.items() if path is not None}
     inputs = [args.recons, args.truth, args.blurry, args.ids, args.distractors, *args.subset]
-    taken = {Path(str(path).partition("::")[0]).resolve() for path in inputs if path is not None}
-    if len({path.resolve() for path in named.values()}) < len(named):
+    # realpath, unlike Path.resolve, has no error for a link that leads to itself: reading it has one.
+    taken = {os.path.realpath(str(path).partition("::")[0]) for path in inputs if path is not None}
+    if len({os.path.realpath(path) for path in named.values()}) < len(named):
         raise UserError(f"--out and --per-image both name {args.per_image}; choose two files")
     for option, path in named.items():
         if os.path.isdir(path):  # unlike Path.is_dir, no error where even looking is forbidden
             raise UserError(f"{option} {path}: a folder; name a file in it")
-        if path.resolve() in taken:
+        if os.path.realpath(path) in taken:
             raise UserError(f"{option} {path}: would overwrite what is read; choose another file")
         _check_writable(option, path, path.parent)
     if args.cache is not None:

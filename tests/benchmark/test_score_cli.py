@@ -173,11 +173,12 @@ def test_scores_json_is_what_the_contract_says(demo: SimpleNamespace) -> None:
     assert list(data)[:3] == ["protocol", "protocol_hash", "n_images"]
     assert {"protocol", "protocol_hash", "n_images", "metrics", "manifest"} <= set(data)
     assert set(data) - {"protocol", "protocol_hash", "n_images", "metrics", "manifest"} == {
-        "track", "calibration", "notes", "candidates", "n_way",
+        "track", "calibration", "notes", "candidates", "n_way", "judges",
     }  # fmt: skip
     assert (data["protocol"], data["n_images"], data["track"], data["candidates"]) == ("demo", N, "demo", N)
     assert len(data["protocol_hash"]) == 64
     assert tuple(data["metrics"]) == KEYS
+    assert data["judges"] == {key: PROTOCOLS["demo"].describe(key) for key in PROTOCOLS["demo"].slots}
     for block in (data["metrics"], *data["calibration"].values(), *data["n_way"].values()):
         for value in block.values():
             assert set(value) == {"mean", "ci_low", "ci_high"}
