@@ -31,44 +31,18 @@ Verdict = Literal["holds", "reversed", "cannot be told", "printed equal"]
 
 
 @dataclass(frozen=True)
-class Ordering:
-    """One variant against the reference variant on one metric.
+class Difference:
+    """One variant minus the reference variant on one metric.
 
     Attributes:
         variant, reference: names of our rows.
         metric: its key.
-        printed: the published difference, variant minus reference.
-        difference, ci_low, ci_high, p, q: ours, as of :class:`leaderboard.statistics.Comparison`; with several seeds
-            the interval is over them too, and p the larger of the permutation's and
+        difference, ci_low, ci_high, p, q: as of :class:`leaderboard.statistics.Comparison`; with several seeds the
+            interval is over them too, and p the larger of the permutation's and
             :func:`leaderboard.statistics.seeds_test`'s; q over all metrics and variants that were asked together.
         seeds: how many seeds there are.
         seeds_agreeing: of how many the mean difference has the sign of the whole.
-        verdict: "holds" or "reversed" where ours is told from zero: its interval leaves zero out, q is below .05, and
-            no seed has the other sign; "printed equal" where the paper's figures are the same.
     """
-
-    variant: str
-    reference: str
-    metric: str
-    printed: float
-    difference: float
-    ci_low: float
-    ci_high: float
-    p: float
-    q: float
-    seeds: int
-    seeds_agreeing: int
-    verdict: Verdict
-
-    @property
-    def printed_better(self) -> bool:
-        """Whether the paper has the variant above the reference."""
-        return self.printed > 0 if CARDS[self.metric].direction == "higher" else self.printed < 0
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One variant minus the reference variant on one metric; the fields are those of :class:`Ordering`."""
 
     variant: str
     reference: str
@@ -91,6 +65,25 @@ class Difference:
     def better(self) -> bool:
         """Whether the variant is above the reference, by the metric's direction."""
         return self.difference > 0 if CARDS[self.metric].direction == "higher" else self.difference < 0
+
+
+@dataclass(frozen=True)
+class Ordering(Difference):
+    """A difference, and what the paper prints for the same two variants.
+
+    Attributes:
+        printed: the published difference, variant minus reference.
+        verdict: "holds" or "reversed" where ours is told from zero; "printed equal" where the paper's figures are the
+            same.
+    """
+
+    printed: float
+    verdict: Verdict
+
+    @property
+    def printed_better(self) -> bool:
+        """Whether the paper has the variant above the reference."""
+        return self.printed > 0 if CARDS[self.metric].direction == "higher" else self.printed < 0
 
 
 def differences(

@@ -67,7 +67,8 @@ def finished(out: Path, sweep: str, variants: dict[str, float]) -> Answer:
         galleries.append(Gallery(variant, 1, 7, pixcorr={"combined": 0.5}, **files))
     first, *others = variants
     orderings = tuple(
-        Ordering(v, first, "PixCorr", -0.01, -0.1, -0.12, -0.08, 0.001, 0.001, 1, 1, "holds") for v in others
+        Ordering(v, first, "PixCorr", -0.1, -0.12, -0.08, 0.001, 0.001, 1, 1, printed=-0.01, verdict="holds")
+        for v in others
     )
     answer = Answer(
         sweep=sweep,
