@@ -34,9 +34,6 @@ from torch.utils.checkpoint import checkpoint
 # Elements that one intermediate tensor of `BrainEncoder.predict` may have: 2**20 floats (4 MB) stay in a core's cache.
 _PREDICT_ELEMENTS_CPU = 2**20
 _PREDICT_ELEMENTS_GPU = 2**27
-# The same while training, where whole images are read: one of the paper's has 2.5 million.
-_READ_ELEMENTS_CPU = 2**22
-_READ_ELEMENTS_GPU = 2**27
 
 
 class Adapter(nn.Module):
@@ -191,25 +188,10 @@ class _TapReader(nn.Module):
         return _Scene(values, keys @ self.query.weight, (keys @ self.query.bias).unsqueeze(1))
 
     def forward(self, scene: _Scene, embedding: Tensor) -> Tensor:
-        """Return (B, V, inner) for voxel embeddings (B, V, embed): as many images at a time as fit the cache."""
-        batch, voxels = embedding.shape[:2]
-        elements = _READ_ELEMENTS_GPU if embedding.is_cuda else _READ_ELEMENTS_CPU
-        images = max(1, elements // (voxels * max(self.hidden, scene.values.shape[1])))
-        if images >= batch:
-            return self._read(scene, embedding, None)
-        masks: Sequence[Tensor | None] = [None] * -(-batch // images)
-        if self.training and self.dropout.p:
-            # Drawn for all images at once, so that sharing them out changes no result.
-            ones = self.pooled_norm.weight.new_ones(batch, voxels, scene.values.shape[2])
-            masks = self.dropout(ones).split(images)
-        parts = zip(*(x.split(images) for x in (*scene, embedding)), masks, strict=True)
-        return torch.cat([self._read(_Scene(*own), e, mask) for *own, e, mask in parts])
-
-    def _read(self, scene: _Scene, embedding: Tensor, mask: Tensor | None) -> Tensor:
+        """Return (B, V, inner) for voxel embeddings (B, V, embed)."""
         attention = torch.baddbmm(scene.offsets, embedding, scene.keys.transpose(1, 2)).softmax(dim=-1)
-        x = self.pooled_norm(attention @ scene.values)
-        x = self.dropout(x) if mask is None else x * mask
-        return cast(Tensor, x + self.mlp(x))
+        x = self.dropout(self.pooled_norm(attention @ scene.values))
+        return x + self.mlp(x)
 
 
 class BrainEncoder(nn.Module):

@@ -103,24 +103,6 @@ def test_predict_equals_forward_for_every_subject(chunk: int | None) -> None:
         start += count
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_images_read_a_few_at_a_time_give_the_same(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = make_encoder(dropout=0.4).train(training)
-    features = [x.requires_grad_() for x in make_features(5)]
-    voxels = torch.tensor([[0, 3, 3, 11]] * 5)
-
-    def gradients() -> list[Tensor]:
-        torch.manual_seed(3)
-        activity = encoder(features, voxels)
-        return [activity, *torch.autograd.grad(activity.square().sum(), [*features, *encoder.parameters()])]
-
-    want = gradients()
-    for elements in (1, 2 * 4 * 16, 4 * 4 * 16):  # one, two and four images of four voxels and sixteen hidden channels
-        monkeypatch.setattr("methods.brain_it.encoder._READ_ELEMENTS_CPU", elements)
-        for got, expected in zip(gradients(), want, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-
-
 def test_predict_uses_no_dropout_and_leaves_the_mode_alone() -> None:
     encoder, features = make_encoder(dropout=0.5), make_features()
     expected = encoder.predict(features, 0)
