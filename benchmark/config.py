@@ -687,3 +687,34 @@ QUICK = {
     "generation.test_images": 12,
 }
 """What ``--quick`` changes in the demo preset: fewer images and steps, for a look and for tests."""
+
+SMALLEST: dict[str, Any] = {
+    "data.simulation.subjects": 2,
+    "data.simulation.shared": 8,
+    "data.simulation.unique": 16,
+    "data.simulation.voxels": 80,
+    "data.simulation.external": 6,
+    "encoder.training.steps": 4,
+    "encoder.training.validate_every": 2,
+    "lowlevel.dim": 16,
+    "lowlevel.depth": 1,
+    "lowlevel.heads": 2,
+    "lowlevel.batch": 8,
+    "lowlevel.training.steps": 4,
+    "lowlevel.training.validate_every": 2,
+    "semantic.dim": 16,
+    "semantic.depth": 1,
+    "semantic.heads": 2,
+    "semantic.batch": 8,
+    "semantic.training.steps": 4,
+    "semantic.training.validate_every": 2,
+    "joint.batch": 4,
+    "joint.training.steps": 2,
+    "joint.training.validate_every": 1,
+    "dip.channels": 4,
+    "dip.steps": 2,
+    "generation.steps": 3,
+    "generation.start_step": 1,
+    "generation.test_images": 4,
+}
+"""What the smallest run that is a run changes in ``--quick``: seconds, and images of nothing."""

@@ -4,7 +4,7 @@ The loop owns the optimiser, the schedule, mixed precision, accumulation, checkp
 weights; the caller owns the network, the batch and the loss. Nothing random outlives a step: the generator that draws a
 batch and torch's global generator (dropout) are seeded anew from (seed, micro-step), so a run that is killed at any
 point and started again ends with the same bits as one that was never disturbed, and no data loader has a state to
-restore.
+restore. For the same reason a thread may read the next batch while a step computes, and change nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,8 +39,11 @@ from benchmark.training_config import LinearWarmup, OneCycle, Plateau, Schedule,
 
 logger = logging.getLogger(__name__)
 
-BatchLoss = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, float | Tensor]]]
-"""(micro-step, CPU generator seeded for it) -> (scalar loss, further metrics to log)."""
+Read = Callable[[int, torch.Generator], Any]
+"""(micro-step, CPU generator seeded for it) -> all that its loss needs of the disk and of chance before it computes."""
+
+BatchLoss = Callable[[Any, torch.Generator], tuple[Tensor, Mapping[str, float | Tensor]]]
+"""(what was read, or the micro-step where nothing is; the same generator) -> (scalar loss, further metrics to log)."""
 
 Validate = Callable[[], Mapping[str, float]]
 """() -> validation metrics of the network as it is; called in eval mode and without gradients."""
@@ -106,6 +110,8 @@ def train(
     config: TrainingConfig,
     ctx: TrainingContext,
     label: str,
+    read: Read | None = None,
+    read_ahead: bool = True,
     validate: Validate | None = None,
     parameter_groups: Mapping[str, Iterable[nn.Parameter]] | None = None,
     log_every: int = 20,
@@ -121,11 +127,14 @@ def train(
 
     Args:
         model: the network, on any device; it ends on ``ctx.device`` with the chosen weights.
-        batch_loss: makes the batch of a micro-step with the generator it is given, and returns the mean loss over it.
-            The micro-step counts from 0 over the whole training: ``(step * accumulate + k) * processes + rank``.
+        batch_loss: returns the mean loss over the batch of a micro-step, which it makes with the generator that it is
+            given, or which ``read`` made. The micro-step counts from 0 over the whole training:
+            ``(step * accumulate + k) * processes + rank``.
         config: everything that changes the result.
         ctx: where checkpoints, metrics and progress go, how often, and the device.
         label: what people read; also names the folder of the checkpoints, so two trainings of a stage need two labels.
+        read: reads the batch of a micro-step. It must not use the network, nor torch's global generator.
+        read_ahead: let a thread read the next batch while a step computes.
         validate: returns the validation metrics; ``config.select`` names one of them.
         parameter_groups: group name -> parameters, for the groups in ``config.optimiser.groups``. A group that has no
             entry there is trained like the rest.
@@ -147,8 +156,11 @@ def train(
         loop = _Loop(model, batch_loss, config, ctx, label, validate, parameter_groups or {}, prefix)
         loop.resume()
         bars = ctx.progress if loop.is_main else _NoBars()
-        with bars.bar(label, config.total_steps, loop.progress.step) as bar:
-            return loop.run(bar, signals, log_every)
+        with (
+            bars.bar(label, config.total_steps, loop.progress.step) as bar,
+            _Batches(read, loop.generator_of, loop.micro_steps, ahead=read_ahead) as batches,
+        ):
+            return loop.run(bar, signals, batches, log_every)
 
 
 def processes() -> int:
@@ -252,6 +264,69 @@ class _Progress:
     stopped: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """What was read for a micro-step, and the generator that read it. DDP looks into tuples, not into this."""
+
+    batch: Any
+    generator: torch.Generator
+
+
+class _Batches:
+    """Reads the batches of this process's micro-steps, each while the step before it computes.
+
+    One thread, one batch ahead: results are those of reading when asked, since each micro-step has a generator of its
+    own. What reading raises is raised by the step that needs the batch.
+    """
+
+    def __init__(
+        self, read: Read | None, generator_of: Callable[[int], torch.Generator], micro_steps: range, *, ahead: bool
+    ) -> None:
+        self.read, self.generator_of, self.micro_steps = read, generator_of, micro_steps
+        self.thread = _reading_thread() if ahead and read is not None else None
+        self.next: tuple[int, Future[_Drawn]] | None = None
+
+    def __enter__(self) -> _Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.thread is not None:
+            self.thread.shutdown(cancel_futures=True)
+
+    def take(self, micro_step: int) -> _Drawn:
+        """Return what was read for a micro-step, and begin to read for the next."""
+        if self.thread is None:
+            return self._read(micro_step)
+        if self.next is None or self.next[0] != micro_step:
+            self._begin(micro_step)
+        assert self.next is not None
+        drawn = self.next[1].result()
+        self._begin(micro_step + self.micro_steps.step)
+        return drawn
+
+    def _begin(self, micro_step: int) -> None:
+        assert self.thread is not None
+        known = micro_step in self.micro_steps
+        self.next = (micro_step, self.thread.submit(self._read, micro_step)) if known else None
+
+    def _read(self, micro_step: int) -> _Drawn:
+        generator = self.generator_of(micro_step)
+        return _Drawn(micro_step if self.read is None else self.read(micro_step, generator), generator)
+
+
+def _reading_thread() -> ThreadPoolExecutor:
+    """Return a thread whose torch operations stay in it: a second team of threads would fight for the step's cores."""
+    thread, own = ThreadPoolExecutor(1, "read"), torch.get_num_threads()
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # torch takes the number over when it is first asked in a thread
+
+    thread.submit(alone).result()
+    torch.set_num_threads(own)  # of this thread, and of those to come
+    return thread
+
+
 class _Forward(nn.Module):
     """The caller's loss as a module: accelerate wraps it (DDP, autocast), and the caller's network stays as it is."""
 
@@ -260,8 +335,8 @@ class _Forward(nn.Module):
         self.model = model
         self.batch_loss = batch_loss
 
-    def forward(self, step: int, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        return self.batch_loss(step, generator)
+    def forward(self, drawn: _Drawn) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        return self.batch_loss(drawn.batch, drawn.generator)
 
 
 class _Loop:
@@ -293,14 +368,13 @@ class _Loop:
         self.best: dict[str, Tensor] = {}
         self.progress = _Progress()
         self.finished_before = False
-        self.generator = torch.Generator()
         self.pending: list[tuple[int, Tensor, list[Mapping[str, float | Tensor]]]] = []  # losses not yet fetched
         self.since_log: dict[str, list[float]] = defaultdict(list)
         self.last_loss = math.nan
 
     # -- running
 
-    def run(self, bar: Bar, signals: _Signals, log_every: int) -> TrainResult:
+    def run(self, bar: Bar, signals: _Signals, batches: _Batches, log_every: int) -> TrainResult:
         config, progress, total = self.config, self.progress, self.config.total_steps
         validate_every = config.validate_every or config.epoch_steps
         start = time.perf_counter() - progress.seconds
@@ -311,7 +385,7 @@ class _Loop:
             self._start_epoch()
             if progress.stopped:
                 break
-            rate = self._optimiser_step()
+            rate = self._optimiser_step(batches)
             progress.step += 1
             step, now = progress.step, time.perf_counter()
             logs, validates = step % log_every == 0, step % validate_every == 0 or step == total
@@ -372,7 +446,7 @@ class _Loop:
         if config.optimiser.lr * progress.plateau.factor < schedule.min_lr:
             progress.stopped = f"the learning rate fell below {schedule.min_lr:g}"
 
-    def _optimiser_step(self) -> float:
+    def _optimiser_step(self, batches: _Batches) -> float:
         """Run one optimiser step and return its learning rate."""
         config, step, accelerator = self.config, self.progress.step, self.accelerator
         scaler = accelerator.scaler
@@ -386,9 +460,10 @@ class _Loop:
         together = accelerator.num_processes
         for micro in range(config.accumulate):
             index = (step * config.accumulate + micro) * together + accelerator.process_index
+            drawn = batches.take(index)
             self._seed("batch", index)
             with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(self.forward):
-                loss, others = self.forward(index, self.generator)
+                loss, others = self.forward(drawn)
                 part = loss / config.accumulate
                 torch.autograd.backward(part if scaler is None else scaler.scale(part))
             losses.append(loss.detach())
@@ -416,10 +491,23 @@ class _Loop:
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
         return config.optimiser.lr * factor
 
+    @property
+    def micro_steps(self) -> range:
+        """This process's micro-steps, over the whole training."""
+        together = self.accelerator.num_processes
+        total = self.config.total_steps * self.config.accumulate * together
+        return range(self.accelerator.process_index, total, together)
+
+    def generator_of(self, micro_step: int) -> torch.Generator:
+        """Return the generator that draws a micro-step's batch."""
+        return torch.Generator().manual_seed(int.from_bytes(self._digest("batch", micro_step)[:8], "little"))
+
+    def _digest(self, purpose: str, index: int) -> bytes:
+        return hashlib.blake2b(f"{self.config.seed} {purpose} {index}".encode()).digest()
+
     def _seed(self, purpose: str, index: int) -> None:
-        """Seed the generator of the caller and torch's own, which dropout uses, for micro-step ``index``."""
-        digest = hashlib.blake2b(f"{self.config.seed} {purpose} {index}".encode()).digest()
-        self.generator.manual_seed(int.from_bytes(digest[:8], "little"))
+        """Seed torch's own generator, which dropout uses, for a micro-step or a validation."""
+        digest = self._digest(purpose, index)
         # torch.manual_seed formats a stack trace for a GPU that is not in use, 0.3 ms each time.
         torch.default_generator.manual_seed(int.from_bytes(digest[8:16], "little"))
         if self.accelerator.device.type == "cuda":

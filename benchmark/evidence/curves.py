@@ -29,6 +29,7 @@ from benchmark.stages.bit import (
     Batch,
     Pool,
     Validation,
+    draw,
     fresh_bit,
     kept_voxels,
     lowlevel_loss,
@@ -130,11 +131,13 @@ class Branch:
 
     def loss(self, name: str, model: nn.Module, batch: Batch, generator: torch.Generator, sample: bool) -> Tensor:
         """Return the loss of a batch; ``sample`` takes some voxels only where the recipe does, as in training."""
-        keep = kept_voxels(self.config, self.data, batch, generator) if sample else None
         if name == SQUARED_ERROR:
-            return F.mse_loss(model(batch.betas, batch.subject, keep=keep), self.targets(batch.rows))
-        assert self.lowlevel is not None
-        return lowlevel_loss(model, batch, self.lowlevel, self.config["scale"], generator, keep, "cpu")[0]
+            keep = kept_voxels(self.config, self.data, batch, generator) if sample else None
+            return F.mse_loss(model(batch.betas.float(), batch.subject, keep=keep), self.targets(batch.rows))
+        low = self.lowlevel
+        assert low is not None
+        drawn = draw(self.config, self.data, batch, generator, low.read, low.tokens, training=sample)
+        return lowlevel_loss(model, drawn, low, self.config["scale"], "cpu")[0]
 
     def validation_loss(self, name: str, model: nn.Module) -> float:
         """Return the mean loss over the validation images, with the same sampled positions each time."""

@@ -13,7 +13,9 @@ from benchmark.perf.entries import ENTRIES, Entry, Goal, Job
 from benchmark.progress import Progress
 
 if TYPE_CHECKING:
-    from benchmark.perf.harness import Measured, Row
+    from collections.abc import Callable
+
+    from benchmark.perf.harness import Measured, Row, Spent
 
 
 def build_parser() -> Parser:
@@ -21,7 +23,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m benchmark.perf",
         description="Measure this project's code beside what a user would run instead: both in processes of their own, "
-        "in turn, several times, with the same inputs and the same results. Exit code 1 where results differ.",
+        "in turn, several times, with the same inputs and the same results; or by itself, where a time is the goal. "
+        "Exit code 1 where results differ.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="entries to measure (default: all; see --list)")
     parser.add_argument("--list", action="store_true", help="print the entries and their goals, measure nothing")
@@ -85,55 +88,69 @@ def _entry(name: str) -> Entry:
 
 def _described(entry: Entry) -> str:
     goals = "; ".join(f"{device}: {_wanted(goal)}" for device, goal in entry.goals.items())
-    return f"{entry.name}\n  ours:       {entry.ours}\n  reference:  {entry.reference}\n  goal:       {goals}"
+    reference = entry.reference or "none"
+    return f"{entry.name}\n  ours:       {entry.ours}\n  reference:  {reference}\n  goal:       {goals}"
 
 
 def _wanted(goal: Goal) -> str:
     wanted = ((goal.faster, "times faster"), (goal.smaller, "times less memory"))
-    return ", ".join(f"{value:g} {what}" for value, what in wanted if value is not None) or "none"
+    ratios = [f"{value:.3g} {what}" for value, what in wanted if value is not None]
+    limits = [f"{parts} under {limit:g} s" for parts, limit in goal.seconds.items()]
+    return ", ".join([*ratios, *limits]) or "none"
 
 
 def table(found: Measured) -> str:
     """Return what was measured as lines for people."""
-    machine, goal, total = found.machine, found.goal, found.total
+    machine = found.machine
     header = ("", "ours", "reference", "faster", "CPU time", "memory", "smaller", "of limit")
-    lines = [_cells(row) for row in (*found.parts, total)]
-    widths = [max(len(line[k]) for line in (header, *lines)) for k in range(len(header))]
+    lines = [header, *map(_cells, (*found.parts, found.total))]
+    used = [column for column in range(len(header)) if column == 0 or any(line[column] for line in lines[1:])]
+    lines = [tuple(line[column] for column in used) for line in lines]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(used))]
+    against = [] if found.entry.reference is None else [f"  against {found.entry.reference}"]
     text = [
-        f"{found.entry.name}: {found.entry.ours}\n  against {found.entry.reference}",
+        f"{found.entry.name}: {found.entry.ours}",
+        *against,
         f"  {machine.device}, {machine.threads} threads; median of {found.runs}; this machine's limit: "
         f"{machine.matmul / 1e9:.0f} GFLOP/s float32, {machine.copy / 1e9:.1f} GB/s",
         "",
-        *("  " + "  ".join(_aligned(line, widths)).rstrip() for line in (header, *lines)),
+        *("  " + "  ".join(_aligned(line, widths)).rstrip() for line in lines),
         "",
     ]
     for check in found.checks:
         what = "no match in shape, or in what is undefined" if check.difference is None else f"{check.difference:.1e}"
-        verdict = "" if check.same else "  <- the sides differ"
-        text.append(f"  {check.name}: largest difference {what}, allowed {check.tolerance:g}{verdict}")
+        told = "" if check.same else "  <- the sides differ"
+        text.append(f"  {check.name}: largest difference {what}, allowed {check.tolerance:g}{told}")
     if found.quick:
         return "\n".join([*text, "  a quick run: its times and memory mean nothing"])
-    for name, value, wanted in (("faster", total.faster, goal.faster), ("smaller", total.smaller, goal.smaller)):
-        if wanted is None:
-            continue
-        verdict = "reached" if value >= wanted else "missed"
-        text.append(f"  goal: {wanted:g} times {name}: {value:.1f}, {verdict}")
+    for verdict in found.verdicts:
+        reached = "reached" if verdict.reached else "missed"
+        if verdict.what in found.goal.seconds:
+            text.append(f"  goal: {verdict.what} under {verdict.wanted:g} s: {verdict.found:.2f} s, {reached}")
+        else:
+            text.append(f"  goal: {verdict.wanted:.3g} times {verdict.what}: {verdict.found:.1f}, {reached}")
     return "\n".join(text)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    def gigabytes(nbytes: float) -> str:
-        return f"{nbytes / 2**30:.2f}"
+    """A row's cells; what was not measured is empty."""
+
+    def ratio(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f} x"
+
+    def both(form: Callable[[Spent], str], unit: str) -> str:
+        sides = (row.ours, row.reference)
+        return " / ".join(form(side) for side in sides if side is not None) + f" {unit}"
 
     return (
         row.part,
         f"{row.ours.wall_s:.2f} s",
-        f"{row.reference.wall_s:.2f} s",
-        f"{row.faster:.1f} x",
-        f"{row.ours.cpu_s:.1f} / {row.reference.cpu_s:.1f} s",
-        f"{gigabytes(row.ours.peak_bytes)} / {gigabytes(row.reference.peak_bytes)} GiB",
-        f"{row.smaller:.1f} x",
-        f"{100 * row.of_limit:.0f} %",
+        "" if row.reference is None else f"{row.reference.wall_s:.2f} s",
+        ratio(row.faster),
+        both(lambda side: f"{side.cpu_s:.1f}", "s"),
+        both(lambda side: f"{side.peak_bytes / 2**30:.2f}", "GiB"),
+        ratio(row.smaller),
+        "" if row.of_limit is None else f"{100 * row.of_limit:.0f} %",
     )
 
 

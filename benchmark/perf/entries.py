@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Device = Literal["cpu", "cuda"]
@@ -13,10 +13,17 @@ SIDES: tuple[Side, ...] = ("ours", "reference")
 
 @dataclass(frozen=True)
 class Goal:
-    """How many times faster, and how many times smaller at its peak, ours should be on a device; None: no goal."""
+    """What ours should reach on a device.
+
+    Attributes:
+        faster, smaller: how many times faster, and how many times smaller at its peak, than the reference; None: no
+            goal.
+        seconds: part, or the end of some parts' names -> how long each may take.
+    """
 
     faster: float | None = None
     smaller: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -25,17 +32,40 @@ class Entry:
 
     Attributes:
         name: what to type.
-        ours, reference: what the two sides are, for people.
+        ours, reference: what the two sides are, for people; no reference where a time itself is the goal.
         module: where its parts are: the name of a :class:`Module`.
         goals: by device; those are the devices it is measured on.
     """
 
     name: str
     ours: str
-    reference: str
+    reference: str | None
     module: str
     goals: Mapping[Device, Goal]
 
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides that run."""
+        return SIDES if self.reference is not None else ("ours",)
+
+
+COMMANDS = (
+    "benchmark.sweep",
+    "benchmark.run",
+    "benchmark.score",
+    "benchmark.check",
+    "benchmark.report",
+    "benchmark.data",
+    "benchmark.networks",
+    "benchmark.convert",
+    "benchmark.analyze",
+    "benchmark.evidence",
+    "benchmark.tracking",
+    "benchmark.perf",
+    "leaderboard",
+    "metrics",
+)
+"""Every command of this project, as it is typed after ``python -m``."""
 
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
@@ -103,6 +133,27 @@ ENTRIES: dict[str, Entry] = {
             module="benchmark.perf.encoder",
             goals={"cpu": Goal(faster=3.0), "cuda": Goal(faster=5.0)},
         ),
+        Entry(
+            name="gate",
+            ours="benchmark.check and leaderboard, as typed: 200 rows of 4 subjects x 1000 images x 11 metrics",
+            reference=None,
+            module="benchmark.perf.gate",
+            goals={"cpu": Goal(seconds=dict.fromkeys(("check", "leaderboard", "history"), 5.0))},
+        ),
+        Entry(
+            name="sweep",
+            ours="benchmark.sweep clusters --quick, all seven points",
+            reference="seven runs of benchmark.run --quick, each by itself",
+            module="benchmark.perf.sweep",
+            goals={"cpu": Goal(faster=1 / 0.6), "cuda": Goal(faster=1 / 0.6)},
+        ),
+        Entry(
+            name="start",
+            ours="every command's --help; benchmark.sweep clusters --quick, seven points, where all is done",
+            reference=None,
+            module="benchmark.perf.start",
+            goals={"cpu": Goal(seconds={"--help": 0.5, "cached sweep": 5.0})},
+        ),
     )
 }
 """Every entry by name."""
@@ -139,15 +190,19 @@ class Part:
     Attributes:
         name: shown in the table.
         prepare: makes the inputs, the same ones in every process; not timed.
-        ours, reference: take the inputs and return named arrays; timed.
-        floor: the least work it takes.
+        ours, reference: take the inputs and return named arrays; timed. They raise where a result that has no
+            counterpart is wrong.
+        floor: the least work it takes; None where nothing of the kind can be counted.
+        starts_processes: whether the work is done in processes that it starts. Then nothing is warmed up, and the
+            memory is that of the largest of them.
     """
 
     name: str
     prepare: Callable[[Job], Any]
     ours: Callable[[Any, Job], Results]
-    reference: Callable[[Any, Job], Results]
-    floor: Callable[[Job], Floor]
+    reference: Callable[[Any, Job], Results] | None = None
+    floor: Callable[[Job], Floor] | None = None
+    starts_processes: bool = False
 
 
 class Module(Protocol):

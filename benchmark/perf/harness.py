@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmark.errors import RunError
-from benchmark.perf.entries import SIDES, Entry, Floor, Goal, Job, Side
+from benchmark.perf.entries import Entry, Floor, Goal, Job, Side
 from benchmark.perf.machine import Machine
 from benchmark.perf.worker import MACHINE, REPORT, RESULTS
 from benchmark.progress import Progress
@@ -45,28 +45,39 @@ class Row:
 
     Attributes:
         part: name of the part, or "total".
-        floor_s: seconds that the machine needs at least, by its measured rates.
+        reference: None where there is none.
+        floor_s: seconds that the machine needs at least, by its measured rates; None where that was not counted.
     """
 
     part: str
     ours: Spent
-    reference: Spent
-    floor_s: float
+    reference: Spent | None
+    floor_s: float | None
 
     @property
-    def faster(self) -> float:
+    def faster(self) -> float | None:
         """How many times as long the reference takes."""
-        return self.reference.wall_s / self.ours.wall_s
+        return None if self.reference is None else self.reference.wall_s / self.ours.wall_s
 
     @property
-    def smaller(self) -> float:
+    def smaller(self) -> float | None:
         """How many times as much memory the reference takes."""
-        return self.reference.peak_bytes / max(self.ours.peak_bytes, 1.0)
+        return None if self.reference is None else self.reference.peak_bytes / max(self.ours.peak_bytes, 1.0)
 
     @property
-    def of_limit(self) -> float:
+    def of_limit(self) -> float | None:
         """Share of the machine's speed that ours reaches, at most 1 where the floor is right."""
-        return self.floor_s / self.ours.wall_s
+        return None if self.floor_s is None else self.floor_s / self.ours.wall_s
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal, and what came out of it: ``wanted`` and ``found`` are ratios, or seconds of the slowest of its parts."""
+
+    what: str
+    wanted: float
+    found: float
+    reached: bool
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,20 @@ class Measured:
         """Whether both sides gave the same values."""
         return all(check.same for check in self.checks)
 
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The goals and whether they were reached."""
+        goal, total = self.goal, self.total
+        found = [
+            Verdict(what, wanted, value, value >= wanted)
+            for what, wanted, value in (("faster", goal.faster, total.faster), ("smaller", goal.smaller, total.smaller))
+            if wanted is not None and value is not None
+        ]
+        for parts, limit in goal.seconds.items():
+            slowest = max(row.ours.wall_s for row in self.parts if row.part.endswith(parts))
+            found.append(Verdict(parts, limit, slowest, slowest <= limit))
+        return tuple(found)
+
     def record(self) -> dict[str, Any]:
         """Return everything as JSON-able data."""
 
@@ -117,7 +142,7 @@ class Measured:
             return {
                 "part": row.part,
                 "ours": vars(row.ours),
-                "reference": vars(row.reference),
+                "reference": None if row.reference is None else vars(row.reference),
                 "faster": row.faster,
                 "smaller": row.smaller,
                 "floor_s": row.floor_s,
@@ -135,11 +160,7 @@ class Measured:
             "same": self.same,
             "checks": [{**vars(check), "same": check.same} for check in self.checks],
             "goal": vars(self.goal),
-            "reached": {
-                name: getattr(self.total, name) >= wanted
-                for name, wanted in vars(self.goal).items()
-                if wanted is not None
-            },
+            "reached": {verdict.what: verdict.reached for verdict in self.verdicts},
         }
 
 
@@ -150,31 +171,39 @@ def measure_machine(job: Job) -> Machine:
 
 
 def measure(entry: Entry, job: Job, machine: Machine, *, runs: int, progress: Progress) -> Measured:
-    """Run both sides of ``entry`` ``runs`` times, in turn, and compare them.
+    """Run the sides of ``entry`` ``runs`` times, in turn, and compare them.
 
     Raises:
         RunError: a side failed or was killed; the message has its last words.
     """
-    reports: dict[Side, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as scratch, progress.bar(entry.name, total=2 * runs) as bar:
-        folders = {side: Path(scratch, side) for side in SIDES}
+    sides = entry.sides
+    reports: dict[Side, list[dict[str, Any]]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as scratch, progress.bar(entry.name, total=len(sides) * runs) as bar:
+        folders = {side: Path(scratch, side) for side in sides}
         for folder in folders.values():
             folder.mkdir()
         for run in range(runs):
             # Which side goes first changes, so that a machine that warms up or slows down favours neither.
-            for side in SIDES if run % 2 == 0 else reversed(SIDES):
+            for side in sides if run % 2 == 0 else reversed(sides):
                 report = _worker(entry.name, entry.module, side, job, folders[side])
                 reports[side].append(report)
                 bar.advance(text=f"{side} {sum(part['wall_s'] for part in report['parts']):.1f} s")
-        checks = _compare(folders["ours"] / RESULTS, folders["reference"] / RESULTS, report["tolerances"])
+        checks: tuple[Check, ...] = ()
+        if "reference" in folders:
+            checks = _compare(folders["ours"] / RESULTS, folders["reference"] / RESULTS, report["tolerances"])
+
+    def spent(parts: slice) -> dict[Side, Spent]:
+        return {side: _spent([one["parts"][parts] for one in reports[side]]) for side in sides}
 
     rows = []
     for k, part in enumerate(report["parts"]):
-        ours, reference = (_spent([one["parts"][k : k + 1] for one in reports[side]]) for side in SIDES)
-        floor = Floor(**part["floor"]).seconds(machine.matmul, machine.copy)
-        rows.append(Row(part["part"], ours, reference, floor))
-    ours, reference = (_spent([one["parts"] for one in reports[side]]) for side in SIDES)
-    total = Row("total", ours, reference, sum(row.floor_s for row in rows))
+        took = spent(slice(k, k + 1))
+        floor = None if part["floor"] is None else Floor(**part["floor"]).seconds(machine.matmul, machine.copy)
+        rows.append(Row(part["part"], took["ours"], took.get("reference"), floor))
+    floors = [row.floor_s for row in rows]
+    took = spent(slice(None))
+    least = None if None in floors else sum(floor for floor in floors if floor is not None)
+    total = Row("total", took["ours"], took.get("reference"), least)
     return Measured(entry, machine, job.quick, runs, tuple(rows), total, checks)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmark.devices import as_float32
 from benchmark.official_weights import NSD_VOXELS
 from benchmark.perf.entries import Floor, Job, Part, Results
 from benchmark.shards import collect, write_shards
@@ -88,16 +89,16 @@ def _stored(job: Job) -> _Stored:
     }
     (root / "meta.json").write_text(json.dumps(meta))
     pool = Pool(Prepared(root), root, fraction=None, seed=0)
-    order = [(batch.subject, batch.rows) for batch in _batches(pool, sizes.batches)]
+    order = [(batch.subject, batch.rows) for batch in _batches(pool, job)]
     return _Stored(folder, pool, order)
 
 
-def _batches(pool: Pool, count: int) -> list[_Batch]:
-    """Draw batches as a stage does, and keep what tells them apart."""
+def _batches(pool: Pool, job: Job) -> list[_Batch]:
+    """Draw batches as a stage does and make float32 of them as a step does; keep what tells them apart."""
     kept = []
-    for step in range(count):
+    for step in range(_sizes(job).batches):
         batch = pool.draw(_BATCH, step, torch.Generator().manual_seed(step))
-        kept.append(_Batch(_some(batch.betas), batch.subject, batch.rows))
+        kept.append(_Batch(_some(as_float32(batch.betas, job.device)), batch.subject, batch.rows))
     return kept
 
 
@@ -111,6 +112,11 @@ class _Batch:
 def _some(betas: Tensor) -> Tensor:
     """Every 97th voxel: enough to tell recordings apart, and little to keep."""
     return betas[:, ::97].clone()
+
+
+def _few(images: np.ndarray) -> np.ndarray:
+    """Every 31st row of pixels."""
+    return images[:, ::31].copy()
 
 
 # --- one sample at a time ---------------------------------------------------------------------------------------------
@@ -142,7 +148,7 @@ def reference_recordings(stored: _Stored, job: Job) -> Results:
 def reference_images(stored: _Stored, job: Job) -> Results:
     """The images of every batch, one at a time from HDF5."""
     images = h5py.File(stored.root / "images.h5")["images"]
-    return {"images": np.concatenate([np.stack([images[row] for row in rows])[:, ::31] for _, rows in stored.order])}
+    return {"images": np.concatenate([_few(np.stack([images[row] for row in rows])) for _, rows in stored.order])}
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -150,13 +156,13 @@ def reference_images(stored: _Stored, job: Job) -> Results:
 
 def our_recordings(stored: _Stored, job: Job) -> Results:
     """The same batches, drawn from the pool that stages ``lowlevel``, ``semantic`` and ``joint`` train on."""
-    batches = _batches(stored.pool, len(stored.order))
+    batches = _batches(stored.pool, job)
     return {"recordings": torch.cat([batch.betas for batch in batches]).numpy()}
 
 
 def our_images(stored: _Stored, job: Job) -> Results:
     """The same images, as stage ``lowlevel`` reads them for targets that it computes."""
-    return {"images": np.concatenate([stored.pool.data.target_images(rows)[:, ::31] for _, rows in stored.order])}
+    return {"images": np.concatenate([_few(stored.pool.data.target_images(rows)) for _, rows in stored.order])}
 
 
 # --- the least that either can do -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from benchmark.perf import machine, memory
+from benchmark.perf import machine, usage
 from benchmark.perf.entries import SIDES, Job, Module, Results
 
 MACHINE = "machine"
@@ -48,26 +48,31 @@ def _measure(name: str, side: str, job: Job, folder: Path) -> dict[str, Any]:
     # What a library does on its first call (thread pools, buffers, imports of its own) is not what is compared.
     warm_up = dataclasses.replace(job, quick=True)
     for part in module.PARTS:
-        getattr(part, side)(part.prepare(warm_up), warm_up)
-    baseline = memory.resident()
+        if not part.starts_processes:
+            getattr(part, side)(part.prepare(warm_up), warm_up)
+    baseline = usage.resident()
 
     parts, results = [], Results()
     for part in module.PARTS:
         inputs = part.prepare(job)
-        memory.reset_peak()
-        if job.device == "cuda":
+        usage.reset_peak()
+        if torch is not None and job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), usage.cpu_seconds()
         found = getattr(part, side)(inputs, job)
-        if job.device == "cuda":
+        if torch is not None and job.device == "cuda":
             torch.cuda.synchronize()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        most = torch.cuda.max_memory_allocated() if job.device == "cuda" else memory.peak() - baseline
+        wall, cpu = time.perf_counter() - wall, usage.cpu_seconds() - cpu
+        if part.starts_processes:
+            most = usage.peak_of_children()
+        else:
+            most = torch.cuda.max_memory_allocated() if job.device == "cuda" else usage.peak() - baseline
         del inputs
         results |= found
         spent = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": max(most, 0)}
-        parts.append({"part": part.name, **spent, "floor": dataclasses.asdict(part.floor(job))})
+        floor = None if part.floor is None else dataclasses.asdict(part.floor(job))
+        parts.append({"part": part.name, **spent, "floor": floor})
     np.savez(folder / RESULTS, **results)
     return {"parts": parts, "tolerances": dict(module.TOLERANCES)}
 

@@ -16,17 +16,18 @@ from torch.nn import functional as F
 
 from benchmark import networks
 from benchmark.context import StageContext
+from benchmark.devices import as_float32
 from benchmark.shards import Shards
 from benchmark.stages.encoder import Predictor, load_mapping
 from benchmark.stages.features import LowLevelTargets, SemanticTargets, read_shapes
 from benchmark.stages.prepare import Prepared
-from benchmark.training import is_first_process, shared_out, train
+from benchmark.training import BatchLoss, Read, Validate, is_first_process, shared_out, train
 from benchmark.training_config import TrainingConfig
 from methods.brain_it.losses import multi_layer_info_nce
 from methods.brain_it.tokenizer import VoxelLayout, sample_voxels
 from methods.brain_it.transformer import BIT
 from methods.brain_it.unclip import diffusion_loss
-from methods.brain_it.vgg_tokens import fit_calibration
+from methods.brain_it.vgg_tokens import FeatureTokens, fit_calibration
 
 VALIDATION_SEED = 20
 
@@ -35,7 +36,7 @@ VALIDATION_SEED = 20
 class Batch:
     """Recordings (measured or predicted) and the target rows of what they show."""
 
-    betas: Tensor  # B x most voxels, zero-padded
+    betas: Tensor  # B x most voxels, zero-padded; float16 where all that is drawn from is, which a network is not
     subject: Tensor  # B, position of the subject
     rows: np.ndarray  # B, target rows
 
@@ -67,10 +68,18 @@ class Pool:
         self.predict = predict
         self.stored = Shards(external / "betas") if (external / "betas").is_dir() else None
         count = len(self.stored) if self.stored is not None else len(data.external) if predict else 0
+        self.dtype = data.betas_dtype
+        if self.stored is not None or predict is not None:
+            self.dtype = np.result_type(self.dtype, np.float32 if self.stored is None else self.stored.dtype)
         self.images = np.arange(count) if used == 1 else np.random.default_rng(seed).permutation(count)
         self.external = round(used * count)
         self.starts = np.concatenate([[0], np.cumsum(data.n_voxels)])
         self._epoch: tuple[int, np.ndarray] | None = None
+
+    @property
+    def may_read_ahead(self) -> bool:
+        """Whether batches may be drawn while a network trains: not where the encoder has to predict responses."""
+        return self.predict is None
 
     def draw(self, size: int, step: int, generator: torch.Generator) -> Batch:
         """Return the batch of micro-step ``step``; subjects are mixed, an external image gets a random one."""
@@ -89,14 +98,17 @@ class Pool:
         image = np.zeros(size, np.int64)
         image[~measured] = self.images[pick[~measured] - real]
         rows = np.where(measured, self.rows[clipped], image + len(self.data.target_ids))
-        betas = torch.zeros(size, max(self.data.n_voxels))
+        # As stored, and in numpy: one thread and no conversion, which does not disturb the step that computes.
+        betas = np.zeros((size, max(self.data.n_voxels)), self.dtype)
         recorded = np.flatnonzero(measured)
         self.data.put_betas(betas, recorded, subject[recorded], self.samples.row[pick[recorded]])
         for place, predicted in self._predicted(np.flatnonzero(~measured), image, subject):
-            betas[place, : len(predicted)].copy_(predicted)
-        return Batch(betas, torch.from_numpy(subject), rows)
+            betas[place, : len(predicted)] = predicted
+        return Batch(torch.from_numpy(betas), torch.from_numpy(subject), rows)
 
-    def _predicted(self, places: np.ndarray, image: np.ndarray, subject: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+    def _predicted(
+        self, places: np.ndarray, image: np.ndarray, subject: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the responses that the encoder predicts for the external images at ``places`` of a batch."""
         if self.stored is not None:
             for k in places.tolist():  # of a row, which holds all subjects, only the one's part is read
@@ -107,7 +119,7 @@ class Pool:
             for s in np.unique(subject[places]).tolist():
                 own = places[subject[places] == s]
                 (found,) = self.predict(image[own] + len(self.data.target_ids), [s])
-                yield from zip(own.tolist(), found, strict=True)
+                yield from zip(own.tolist(), found.numpy(), strict=True)
 
     def _in_epochs(self, size: int, step: int) -> np.ndarray:
         total = len(self.samples) + self.external
@@ -158,6 +170,35 @@ def kept_voxels(config: Mapping[str, Any], data: Prepared, batch: Batch, generat
         return None
     counts = torch.tensor(data.n_voxels)[batch.subject]
     return sample_voxels(counts, config["voxels_per_example"], len(counts), generator, width=batch.betas.shape[1])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch, and what chance and the disk have to say of it before a network sees it."""
+
+    batch: Batch
+    keep: Tensor | None
+    """As of :func:`kept_voxels`."""
+    positions: Tensor | None
+    """B x sampled tokens, of the low-level targets; None for all."""
+    true: Any
+    """What was read of the targets."""
+
+
+def draw(
+    config: Mapping[str, Any],
+    data: Prepared,
+    batch: Batch,
+    generator: torch.Generator,
+    read: Callable[[np.ndarray], Any],
+    tokens: FeatureTokens | None = None,
+    *,
+    training: bool = True,
+) -> Drawn:
+    """Draw kept voxels (in training) and positions among ``tokens`` (where given), and read the targets of a batch."""
+    keep = kept_voxels(config, data, batch, generator) if training else None
+    positions = None if tokens is None else tokens.sample_positions(len(batch.rows), generator)
+    return Drawn(batch, keep, positions, read(batch.rows))
 
 
 def _start_embeddings(bit: BIT, config: Mapping[str, Any], encoder: Path) -> None:
@@ -214,28 +255,24 @@ def predicted_tokens(
 ) -> Tensor:
     """Return what a network, called as a BIT is, predicts from a batch's kept voxels (all where None)."""
     mask = None if keep is None else keep.to(device)
-    tokens: Tensor = model(batch.betas.to(device), batch.subject.to(device), keep=mask, queries=queries)
+    betas = as_float32(batch.betas, device)
+    tokens: Tensor = model(betas, batch.subject.to(device), keep=mask, queries=queries)
     return tokens
 
 
 def lowlevel_loss(
-    model: nn.Module,
-    batch: Batch,
-    targets: LowLevelTargets,
-    scale: float | None,
-    generator: torch.Generator,
-    keep: Tensor | None,
-    device: str,
+    model: nn.Module, drawn: Drawn, targets: LowLevelTargets, scale: float | None, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss at positions drawn for each example (Sec. 3.2), and the predicted and true tokens there.
+    """Return the loss at the positions drawn for each example (Sec. 3.2), and the predicted and true tokens there.
 
     It is InfoNCE with logits of this ``scale``, or without one the squared error; the mean over the layers of either.
     """
-    tokens = targets.tokens
-    positions = tokens.sample_positions(len(batch.rows), generator)
+    tokens, positions = targets.tokens, drawn.positions
+    assert positions is not None
     index = positions[..., None].expand(-1, -1, tokens.width)
-    true = targets(batch.rows).gather(1, index).to(device)
-    predicted = predicted_tokens(model, batch, keep, device, queries=positions.to(device)).float()
+    found = targets.compute(drawn.true)
+    true = found.gather(1, index.to(found.device)).to(device)
+    predicted = predicted_tokens(model, drawn.batch, drawn.keep, device, queries=positions.to(device)).float()
     if scale is not None:
         return multi_layer_info_nce(predicted, true, tokens.sampled_sizes, scale), predicted, true
     layers = zip(predicted.split(tokens.sampled_sizes, 1), true.split(tokens.sampled_sizes, 1), strict=True)
@@ -265,12 +302,17 @@ def fit_lowlevel(
     """
     config = dict(ctx.config)
 
-    def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return lowlevel_loss(model, batch, targets, config.get("scale"), generator, keep, ctx.device)
+    def drawn(batch: Batch, generator: torch.Generator, training: bool) -> Drawn:
+        return draw(config, data, batch, generator, targets.read, targets.tokens, training=training)
 
-    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = pool.draw(config["batch"], step, generator)
-        return loss_of(batch, generator, kept_voxels(config, data, batch, generator))[0], {}
+    def loss_of(drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
+        return lowlevel_loss(model, drawn, targets, config.get("scale"), ctx.device)
+
+    def read(step: int, generator: torch.Generator) -> Drawn:
+        return drawn(pool.draw(config["batch"], step, generator), generator, training=True)
+
+    def batch_loss(drawn: Drawn, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return loss_of(drawn)[0], {}
 
     validation = Validation(data).batches(config["batch"])
 
@@ -279,13 +321,13 @@ def fit_lowlevel(
         correlations = []
 
         def measured(batch: Batch) -> Tensor:
-            loss, predicted, true = loss_of(batch, generator, None)
+            loss, predicted, true = loss_of(drawn(batch, generator, training=False))
             correlations.append(token_correlation(predicted, true))
             return loss
 
         return {"loss": mean_loss(measured, validation), "correlation": float(torch.cat(correlations).mean())}
 
-    summary = _fit(ctx, model, batch_loss, validate, label)
+    summary = _fit(ctx, model, pool, read, batch_loss, validate, label)
     model.eval()
     save_calibration(ctx, validation, targets, lambda batch: predicted_tokens(model, batch, None, ctx.device).float())
     return summary
@@ -323,33 +365,40 @@ def fit_semantic(
     """Train a network, called as a BIT is, to predict the semantic tokens; return its summary."""
     config = dict(ctx.config)
 
-    def pair(batch: Batch, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        return predicted_tokens(model, batch, keep, ctx.device).float(), targets(batch.rows)
+    def pair(drawn: Drawn) -> tuple[Tensor, Tensor]:
+        predicted = predicted_tokens(model, drawn.batch, drawn.keep, ctx.device).float()
+        return predicted, targets.compute(drawn.true)
 
-    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = pool.draw(config["batch"], step, generator)
-        return F.mse_loss(*pair(batch, kept_voxels(config, data, batch, generator))), {}
+    def read(step: int, generator: torch.Generator) -> Drawn:
+        return draw(config, data, pool.draw(config["batch"], step, generator), generator, targets.read)
+
+    def batch_loss(drawn: Drawn, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return F.mse_loss(*pair(drawn)), {}
 
     validation = Validation(data).batches(config["batch"])
 
     def validate() -> dict[str, float]:
-        pairs = [pair(batch, None) for batch in validation]
+        pairs = [pair(Drawn(batch, None, None, targets.read(batch.rows))) for batch in validation]
         predicted, true = (torch.cat(side) for side in zip(*pairs, strict=True))
         return {
             "loss": float(F.mse_loss(predicted, true)),
             "correlation": float(token_correlation(predicted, true).mean()),
         }
 
-    return _fit(ctx, model, batch_loss, validate, label)
+    return _fit(ctx, model, pool, read, batch_loss, validate, label)
 
 
-def _fit(ctx: StageContext, model: nn.Module, batch_loss: Any, validate: Any, label: str) -> dict[str, Any]:
+def _fit(
+    ctx: StageContext, model: nn.Module, pool: Pool, read: Read, batch_loss: BatchLoss, validate: Validate, label: str
+) -> dict[str, Any]:
     result = train(
         model,
         batch_loss,
         config=TrainingConfig.model_validate(ctx.config["training"]),
         ctx=ctx,
         label=label,
+        read=read,
+        read_ahead=pool.may_read_ahead,
         validate=validate,
         parameter_groups={"voxels": [model.tokenizer.voxel_embeddings]} if isinstance(model, BIT) else {},
     )
@@ -367,18 +416,16 @@ class BrainToImage(nn.Module):
 def joint_loss(
     model: BrainToImage,
     generator_network: networks.Generator,
-    z: Tensor,
-    batch: Batch,
-    keep: Tensor | None,
+    drawn: Drawn,
     generator: torch.Generator,
     offset: float,
     device: str,
 ) -> Tensor:
-    """Return the diffusion loss of a batch with latents ``z``, conditioned on the tokens that the BIT predicts."""
-    condition = predicted_tokens(model.bit, batch, keep, device)
+    """Return the diffusion loss of a batch, of which latents were read, conditioned on the tokens of the BIT."""
+    condition = predicted_tokens(model.bit, drawn.batch, drawn.keep, device)
     return diffusion_loss(
         model.unet,
-        z.float().to(device),
+        drawn.true.float().to(device),
         condition,
         generator,
         schedule=generator_network.schedule,
@@ -407,19 +454,24 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
     model = BrainToImage(bit, unet.requires_grad_(True))
     pool = open_pool(ctx, data)
 
-    def loss_of(batch: Batch, generator: torch.Generator, keep: Tensor | None) -> Tensor:
-        z = torch.from_numpy(latents[batch.rows])
-        return joint_loss(model, generator_network, z, batch, keep, generator, config["offset_noise"], ctx.device)
+    def of_disk(rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(latents[rows])
 
-    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = pool.draw(config["batch"], step, generator)
-        return loss_of(batch, generator, kept_voxels(config["bit"], data, batch, generator)), {}
+    def loss_of(drawn: Drawn, generator: torch.Generator) -> Tensor:
+        return joint_loss(model, generator_network, drawn, generator, config["offset_noise"], ctx.device)
+
+    def read(step: int, generator: torch.Generator) -> Drawn:
+        return draw(config["bit"], data, pool.draw(config["batch"], step, generator), generator, of_disk)
+
+    def batch_loss(drawn: Drawn, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return loss_of(drawn, generator), {}
 
     validation = Validation(data).batches(64)
 
     def validate() -> dict[str, float]:
         generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same levels and noise each time
-        return {"loss": mean_loss(lambda batch: loss_of(batch, generator, None), validation)}
+        losses = mean_loss(lambda b: loss_of(Drawn(b, None, None, of_disk(b.rows)), generator), validation)
+        return {"loss": losses}
 
     with torch.no_grad():
         model.to(ctx.device).eval()
@@ -430,6 +482,8 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
         config=training,
         ctx=ctx,
         label="joint training",
+        read=read,
+        read_ahead=pool.may_read_ahead,
         validate=validate,
         parameter_groups={"voxels": [bit.tokenizer.voxel_embeddings]},
     )

@@ -105,15 +105,21 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
     targets = data.target_rows(samples.image)
     starts = np.concatenate([[0], np.cumsum(data.n_voxels)])
 
-    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def read(step: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor, Tensor]:
         pick = torch.randint(len(samples), (config["batch"],), generator=generator).numpy()
         subject, row = samples.subject[pick], samples.row[pick]
         uniform = torch.rand(config["batch"], config["voxels_per_example"], generator=generator).numpy()
         columns = (uniform * np.array(data.n_voxels)[subject][:, None]).astype(np.int64)  # with replacement
         betas = np.stack([data.betas[s][r][c] for s, r, c in zip(subject, row, columns, strict=True)])
         voxels = torch.from_numpy(columns + starts[subject][:, None])
-        predicted = encoder(taps(targets[pick], generator), voxels.to(ctx.device))
-        return encoder_loss(predicted, torch.from_numpy(betas).float().to(ctx.device)), {}
+        return taps.read(targets[pick], generator), voxels, torch.from_numpy(betas).float()
+
+    def batch_loss(
+        drawn: tuple[list[Tensor], Tensor, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        images, voxels, betas = drawn
+        predicted = encoder(taps.compute(images), voxels.to(ctx.device))
+        return encoder_loss(predicted, betas.to(ctx.device)), {}
 
     def validate() -> dict[str, float]:
         r = validation_correlation(encoder, taps, data)
@@ -125,6 +131,7 @@ def fit_encoder(ctx: StageContext, data: Prepared) -> dict[str, Any]:
         config=training,
         ctx=ctx,
         label="encoder",
+        read=read,
         validate=validate,
         parameter_groups={"voxels": [encoder.voxel_embedding]},
     )

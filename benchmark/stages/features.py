@@ -2,6 +2,9 @@
 
 Which of the two is a setting (``targets``): at the paper's size the CLIP tokens of all images take 167 GB, VGG's maps
 600 GB and DINOv2's taps 500 GB, and only the first is worth keeping. Both ways give the same numbers up to float16.
+
+Each has two halves: ``read``, which takes what is stored, or the images, from the disk and may run ahead in a thread,
+and ``compute``, which uses the device. To call one is to do both.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmark import networks
+from benchmark.devices import as_float32, staged
 from benchmark.shards import Shards
 from benchmark.stages.prepare import Prepared
 from methods.brain_it.encoder import shift_augment
@@ -61,9 +65,17 @@ class StoredTaps:
         """Channels of each tap, and their positions."""
         return [tap.shape[2] for tap in self.taps], self.taps[0].shape[1]
 
-    def __call__(self, rows: np.ndarray, generator: torch.Generator | None = None) -> list[Tensor]:
+    def __call__(self, rows: np.ndarray) -> list[Tensor]:
         """Return one B x positions x channels tensor for each tap."""
-        return [torch.from_numpy(tap[rows]).to(self.device).float() for tap in self.taps]
+        return self.compute(self.read(rows))
+
+    def read(self, rows: np.ndarray, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Return the taps as they are stored."""
+        return [staged(torch.from_numpy(tap[rows]), self.device) for tap in self.taps]
+
+    def compute(self, found: list[Tensor]) -> list[Tensor]:
+        """Return the taps on the device, float32."""
+        return [as_float32(tap, self.device) for tap in found]
 
 
 class LiveTaps:
@@ -92,12 +104,21 @@ class LiveTaps:
             taps = self(np.zeros(1, np.int64))
         return [tap.shape[2] for tap in taps], taps[0].shape[1]
 
-    def __call__(self, rows: np.ndarray, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Return one B x positions x channels tensor for each tap; with a generator, of shifted images."""
+    def __call__(self, rows: np.ndarray) -> list[Tensor]:
+        """Return one B x positions x channels tensor for each tap."""
+        return self.compute(self.read(rows))
+
+    def read(self, rows: np.ndarray, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Return the images; with a generator, shifted as in training."""
         pixels = as_pixels(self.data.target_images(rows), self.size)
         if generator is not None and self.max_shift:
             pixels = shift_augment(pixels, self.max_shift, generator)
-        return self.backbone(pixels.to(self.device))
+        return [staged(pixels, self.device)]
+
+    def compute(self, found: list[Tensor]) -> list[Tensor]:
+        """Return what the backbone says of images."""
+        (pixels,) = found
+        return self.backbone(pixels.to(self.device, non_blocking=True))
 
 
 def encoder_taps(
@@ -131,16 +152,27 @@ class SemanticTargets:
         if config["store"]["semantic"] == "stored":
             self.stored = Shards(folder / "semantic")
 
-    @torch.no_grad()
     def __call__(self, rows: np.ndarray) -> Tensor:
         """Return the tokens of target rows: B x tokens x width, float32, on the device."""
+        return self.compute(self.read(rows))
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Return the tokens as they are stored, or else the images as the network wants them."""
         if self.stored is not None:
-            return torch.from_numpy(self.stored[rows]).to(self.device).float()
+            return staged(torch.from_numpy(self.stored[rows]), self.device)
+        size = getattr(self._network(), "input_size", None)
+        return staged(as_pixels(self.data.target_images(rows), size), self.device)
+
+    @torch.no_grad()
+    def compute(self, found: Tensor) -> Tensor:
+        """Return the tokens of what was read."""
+        found = as_float32(found, self.device)
+        return found if self.stored is not None else self._network()(found).float()
+
+    def _network(self) -> nn.Module:
         if self.network is None:
             self.network = semantic_network(self.config).to(self.device)
-        pixels = as_pixels(self.data.target_images(rows), getattr(self.network, "input_size", None))
-        tokens: Tensor = self.network(pixels.to(self.device)).float()
-        return tokens
+        return self.network
 
 
 def semantic_network(config: Mapping[str, Any]) -> nn.Module:
@@ -193,22 +225,29 @@ class LowLevelTargets:
             width=config["width"],
         )
 
-    @torch.no_grad()
     def __call__(self, rows: np.ndarray) -> Tensor:
         """Return the target tokens of target rows: B x tokens x width, float32."""
-        if self.maps:
-            maps = [torch.from_numpy(layer[rows]).float() for layer in self.maps]
-        else:
-            maps = self._computed(rows)
-        return self.tokens.merge(self.standardised(maps))
+        return self.compute(self.read(rows))
 
-    def _computed(self, rows: np.ndarray) -> list[Tensor]:
+    def read(self, rows: np.ndarray) -> list[Tensor]:
+        """Return the maps as they are stored, or else the images as the network wants them."""
+        if self.maps:
+            return [torch.from_numpy(layer[rows]) for layer in self.maps]
         if self.data is None or self.stage is None:
             raise ValueError("maps that are not stored are computed from the images, as the stage's config says")
+        return [staged(as_pixels(self.data.target_images(rows), self.stage["lowlevel_size"]), self.device)]
+
+    @torch.no_grad()
+    def compute(self, found: list[Tensor]) -> Tensor:
+        """Return the tokens of what was read."""
+        maps = [as_float32(layer, "cpu") for layer in found] if self.maps else self._computed(found[0])
+        return self.tokens.merge(self.standardised(maps))
+
+    def _computed(self, pixels: Tensor) -> list[Tensor]:
+        assert self.stage is not None
         if self.network is None:
             self.network = networks.feature_network(self.stage["lowlevel"]).to(self.device)
-        pixels = as_pixels(self.data.target_images(rows), self.stage["lowlevel_size"]).to(self.device)
-        found = self.network.features(pixels, self.stage["layers"])
+        found = self.network.features(pixels.to(self.device, non_blocking=True), self.stage["layers"])
         return [found[layer].float() for layer in self.stage["layers"]]
 
     def standardised(self, maps: list[Tensor]) -> list[Tensor]:

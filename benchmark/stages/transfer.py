@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,10 +35,11 @@ from benchmark.shards import Shards
 from benchmark.stages import reconstruct
 from benchmark.stages.bit import (
     BrainToImage,
+    Drawn,
     Pool,
     build_bit,
+    draw,
     joint_loss,
-    kept_voxels,
     lowlevel_loss,
     predicted_tokens,
     voxel_layout,
@@ -46,7 +47,7 @@ from benchmark.stages.bit import (
 from benchmark.stages.encoder import PREDICT_BATCH, EncoderWithAdapters, Predictor, keep_predictions, load_mapping
 from benchmark.stages.features import LowLevelTargets, SemanticTargets, encoder_taps
 from benchmark.stages.prepare import Prepared, check_transfer, source_of, take, write_averages, write_meta
-from benchmark.training import is_first_process, shared_out, train
+from benchmark.training import BatchLoss, Read, is_first_process, shared_out, train
 from methods.brain_it.clustering import V2C, nearest_voxel_labels
 from methods.brain_it.encoder import voxel_correlation
 from methods.brain_it.losses import encoder_loss
@@ -141,17 +142,32 @@ class NewSubject(Prepared):
 # --- its targets: of its own images, and of the external ones ---------------------------------------------------------
 
 
-def _of_both(
-    data: NewSubject, rows: np.ndarray, own: Callable[[np.ndarray], Tensor], base: Callable[[np.ndarray], Tensor]
-) -> Tensor:
-    """Return the targets of target rows of ``data``, from where they are."""
-    mine = rows < len(data.target_ids)
-    parts = [(mine, own, rows[mine]), (~mine, base, data.in_base(rows[~mine]))]
-    found = [(torch.from_numpy(np.flatnonzero(here)), read(asked)) for here, read, asked in parts if len(asked)]
-    out = found[0][1].new_empty(len(rows), *found[0][1].shape[1:])
-    for places, values in found:
-        out[places.to(out.device)] = values
-    return out
+@dataclass(frozen=True)
+class _Halves:
+    """What was read of some target rows: of the new subject's images, and of those of the base models."""
+
+    mine: np.ndarray
+    """B, bool: which are the new subject's."""
+    own: Any
+    base: Any
+
+    @classmethod
+    def read(
+        cls, data: NewSubject, rows: np.ndarray, own: Callable[[np.ndarray], Any], base: Callable[[np.ndarray], Any]
+    ) -> _Halves:
+        """Read each half, where there is any, by its function of rows."""
+        mine = rows < len(data.target_ids)
+        halves = [(own, rows[mine]), (base, data.in_base(rows[~mine]))]
+        return cls(mine, *(read(asked) if len(asked) else None for read, asked in halves))
+
+    def joined(self, own: Callable[[Any], Tensor], base: Callable[[Any], Tensor]) -> Tensor:
+        """Return what these functions make of the halves, in the order of the rows."""
+        parts = [(self.mine, own, self.own), (~self.mine, base, self.base)]
+        found = [(torch.from_numpy(np.flatnonzero(here)), make(half)) for here, make, half in parts if here.any()]
+        out = found[0][1].new_empty(len(self.mine), *found[0][1].shape[1:])
+        for places, values in found:
+            out[places.to(out.device)] = values
+        return out
 
 
 class _LowLevel(LowLevelTargets):
@@ -167,8 +183,11 @@ class _LowLevel(LowLevelTargets):
         )
         self.own.stats, self.own.mean = self.stats, self.mean
 
-    def __call__(self, rows: np.ndarray) -> Tensor:
-        return _of_both(self.new, rows, self.own, super().__call__)
+    def read(self, rows: np.ndarray) -> Any:
+        return _Halves.read(self.new, rows, self.own.read, super().read)
+
+    def compute(self, found: Any) -> Tensor:
+        return cast("_Halves", found).joined(self.own.compute, super().compute)
 
 
 class _Semantic(SemanticTargets):
@@ -180,8 +199,11 @@ class _Semantic(SemanticTargets):
         self.new = data
         self.own = SemanticTargets(ctx.inputs["targets"], stages["targets"].config, data, ctx.device)
 
-    def __call__(self, rows: np.ndarray) -> Tensor:
-        return _of_both(self.new, rows, self.own, super().__call__)
+    def read(self, rows: np.ndarray) -> Any:
+        return _Halves.read(self.new, rows, self.own.read, super().read)
+
+    def compute(self, found: Any) -> Tensor:
+        return cast("_Halves", found).joined(self.own.compute, super().compute)
 
 
 # --- the encoder, and what follows from it ----------------------------------------------------------------------------
@@ -210,17 +232,23 @@ def run_encoder(ctx: StageContext) -> dict[str, Any]:
     training = TableConfig.model_validate(config["table"])
     (voxels,), betas = data.n_voxels, data.betas[0]
 
-    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def read(step: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor, Tensor]:
         positions = np.arange(step * training.batch, (step + 1) * training.batch)
         pick = mixed(positions, len(samples), 0, seed=config["seed"])
         columns = torch.randint(voxels, (training.batch, config["voxels_per_example"]), generator=generator)
         measured = np.take_along_axis(betas[samples.row[pick]], columns.numpy(), 1)
-        with torch.no_grad():
-            scene = taps(targets[pick], generator)
-        predicted = model.encoder(scene, columns.to(ctx.device))
-        return encoder_loss(predicted, torch.from_numpy(measured).float().to(ctx.device)), {}
+        return taps.read(targets[pick], generator), columns, torch.from_numpy(measured).float()
 
-    summary = fit_table(ctx, model, table, batch_loss, training, len(samples), "new subject's encoder")
+    def batch_loss(
+        drawn: tuple[list[Tensor], Tensor, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        images, columns, betas = drawn
+        with torch.no_grad():
+            scene = taps.compute(images)
+        predicted = model.encoder(scene, columns.to(ctx.device))
+        return encoder_loss(predicted, betas.to(ctx.device)), {}
+
+    summary = fit_table(ctx, model, table, read, batch_loss, training, len(samples), "new subject's encoder")
     model.eval()
     with torch.no_grad():
         rows = np.array_split(np.arange(len(samples)), max(1, len(samples) // PREDICT_BATCH))
@@ -320,10 +348,13 @@ def fit_table(
     ctx: StageContext,
     model: nn.Module,
     table: nn.Parameter,
-    batch_loss: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]],
+    read: Read,
+    batch_loss: BatchLoss,
     settings: TableConfig,
     samples: int,
     label: str,
+    *,
+    read_ahead: bool = True,
 ) -> dict[str, Any]:
     """Train a voxel table, the one part of ``model`` that is not frozen, and keep it; return the summary.
 
@@ -333,7 +364,7 @@ def fit_table(
         ctx: of the stage.
         model: the frozen model with the table in it.
         table: which learns.
-        batch_loss: as of ``training.train``.
+        read, batch_loss, read_ahead: as of ``training.train``.
         settings: of the training.
         samples: of an epoch.
         label: for people.
@@ -349,6 +380,8 @@ def fit_table(
         config=shared_out(settings.training(samples, ctx.config["seed"])),
         ctx=ctx,
         label=label,
+        read=read,
+        read_ahead=read_ahead,
         validate=dict,
     )
     if frozen_digest(model) != before:
@@ -395,12 +428,15 @@ def run_lowlevel(ctx: StageContext) -> dict[str, Any]:
     targets, pool = _LowLevel(ctx, data), MixedPool(ctx, data)
     bit, table = adopted_bit(ctx, data, config, ctx.inputs["lowlevel"])
 
-    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def read(step: int, generator: torch.Generator) -> Drawn:
         batch = pool.draw(settings.batch, step, generator)
-        keep = kept_voxels(config, data, batch, generator)
-        return lowlevel_loss(bit, batch, targets, config["scale"], generator, keep, ctx.device)[0], {}
+        return draw(config, data, batch, generator, targets.read, targets.tokens)
 
-    summary = fit_table(ctx, bit, table, batch_loss, settings, pool.epoch, "new subject's low-level BIT")
+    def batch_loss(drawn: Drawn, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return lowlevel_loss(bit, drawn, targets, config["scale"], ctx.device)[0], {}
+
+    label = "new subject's low-level BIT"
+    summary = fit_table(ctx, bit, table, read, batch_loss, settings, pool.epoch, label, read_ahead=pool.may_read_ahead)
     return {**data.used(), **summary}
 
 
@@ -414,12 +450,15 @@ def run_semantic(ctx: StageContext) -> dict[str, Any]:
     targets, pool = _Semantic(ctx, data), MixedPool(ctx, data)
     bit, table = adopted_bit(ctx, data, config, ctx.inputs["semantic"])
 
-    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = pool.draw(settings.batch, step, generator)
-        predicted = predicted_tokens(bit, batch, kept_voxels(config, data, batch, generator), ctx.device).float()
-        return F.mse_loss(predicted, targets(batch.rows)), {}
+    def read(step: int, generator: torch.Generator) -> Drawn:
+        return draw(config, data, pool.draw(settings.batch, step, generator), generator, targets.read)
 
-    summary = fit_table(ctx, bit, table, batch_loss, settings, pool.epoch, "new subject's semantic BIT")
+    def batch_loss(drawn: Drawn, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        predicted = predicted_tokens(bit, drawn.batch, drawn.keep, ctx.device).float()
+        return F.mse_loss(predicted, targets.compute(drawn.true)), {}
+
+    label = "new subject's semantic BIT"
+    summary = fit_table(ctx, bit, table, read, batch_loss, settings, pool.epoch, label, read_ahead=pool.may_read_ahead)
     return {**data.used(), **summary}
 
 
@@ -441,16 +480,19 @@ def run_joint(ctx: StageContext) -> dict[str, Any]:
     pool = MixedPool(ctx, data)
     own, base = (Shards(ctx.inputs[role] / "latents") for role in ("targets", "base_targets"))
 
-    def batch_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = pool.draw(settings.batch, step, generator)
-        keep = kept_voxels(config["bit"], data, batch, generator)
-        z = _of_both(
-            data, batch.rows, lambda rows: torch.from_numpy(own[rows]), lambda rows: torch.from_numpy(base[rows])
-        )
-        offset = config["offset_noise"]
-        return joint_loss(model, generator_network, z, batch, keep, generator, offset, ctx.device), {}
+    def of_disk(rows: np.ndarray) -> Tensor:
+        return _Halves.read(data, rows, own.__getitem__, base.__getitem__).joined(torch.from_numpy, torch.from_numpy)
 
-    summary = fit_table(ctx, model, table, batch_loss, settings, pool.epoch, "new subject's joint training")
+    def read(step: int, generator: torch.Generator) -> Drawn:
+        return draw(config["bit"], data, pool.draw(settings.batch, step, generator), generator, of_disk)
+
+    def batch_loss(drawn: Drawn, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return joint_loss(model, generator_network, drawn, generator, config["offset_noise"], ctx.device), {}
+
+    label = "new subject's joint training"
+    summary = fit_table(
+        ctx, model, table, read, batch_loss, settings, pool.epoch, label, read_ahead=pool.may_read_ahead
+    )
     return {**data.used(), **summary}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmark.config import QUICK, Variant, demo
+from benchmark.config import QUICK, SMALLEST, Variant, demo
 from benchmark.context import StageContext
 from benchmark.graph import Stage
 from benchmark.progress import Progress
@@ -24,37 +24,6 @@ from benchmark.sweeps import load_sweep
 
 ROOT = Path(__file__).parents[2]
 MAIN = "clusters=128"
-
-TINY: dict[str, Any] = {
-    "data.simulation.subjects": 2,
-    "data.simulation.shared": 8,
-    "data.simulation.unique": 16,
-    "data.simulation.voxels": 80,
-    "data.simulation.external": 6,
-    "encoder.training.steps": 4,
-    "encoder.training.validate_every": 2,
-    "lowlevel.dim": 16,
-    "lowlevel.depth": 1,
-    "lowlevel.heads": 2,
-    "lowlevel.batch": 8,
-    "lowlevel.training.steps": 4,
-    "lowlevel.training.validate_every": 2,
-    "semantic.dim": 16,
-    "semantic.depth": 1,
-    "semantic.heads": 2,
-    "semantic.batch": 8,
-    "semantic.training.steps": 4,
-    "semantic.training.validate_every": 2,
-    "joint.batch": 4,
-    "joint.training.steps": 2,
-    "joint.training.validate_every": 1,
-    "dip.channels": 4,
-    "dip.steps": 2,
-    "generation.steps": 3,
-    "generation.start_step": 1,
-    "generation.test_images": 4,
-}
-"""What the small sweep changes in ``--quick``."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class TinyRun:
-    """``python -m benchmark.sweep clusters --quick`` with :data:`TINY` settings, finished."""
+    """``python -m benchmark.sweep clusters --quick`` with :data:`SMALLEST` settings, finished."""
 
     out: Path
     answer: Answer
@@ -125,7 +94,7 @@ class _NoTracker:
 
 
 def tiny_arguments() -> list[str]:
-    settings = [f"--set={key}={value}" for key, value in TINY.items()]
+    settings = [f"--set={key}={value}" for key, value in SMALLEST.items()]
     return ["clusters", "--quick", "--threads=1", "--tracker=jsonl", *settings]
 
 
@@ -199,7 +168,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, sweep_process: Callable[.
     assert answer.code == 0, answer.err
     base_variant = demo().with_settings(QUICK)
     variants = {
-        name: base_variant.with_settings({**own, **TINY}) for name, own in load_sweep("clusters").settings(True).items()
+        name: base_variant.with_settings({**own, **SMALLEST})
+        for name, own in load_sweep("clusters").settings(True).items()
     }
     stages = {name: variant_stages(variant, name) for name, variant in variants.items()}
     yield TinyRun(folder, answer, variants, stages)

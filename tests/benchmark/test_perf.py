@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from scipy.stats import rankdata
 
 from benchmark.cli import main_guard
 from benchmark.perf import __main__ as command
-from benchmark.perf import harness, memory
-from benchmark.perf.entries import ENTRIES, Entry, Floor, Goal, Job
+from benchmark.perf import harness, usage
+from benchmark.perf.entries import COMMANDS, ENTRIES, Entry, Floor, Goal, Job
 from benchmark.perf.machine import Machine
 from benchmark.perf.worker import main as work
 
@@ -163,19 +164,19 @@ def test_a_side_that_dies_is_told_in_one_line(
 
 _PEAK = """
 import numpy as np
-from benchmark.perf import memory
-before = memory.resident()
+from benchmark.perf import usage
+before = usage.resident()
 held = np.ones(25 << 20)  # 200 MiB
-there = memory.resident() - before
+there = usage.resident() - before
 del held
-highest = memory.peak() - before
-memory.reset_peak()
-print(there >> 20, highest >> 20, (memory.peak() - before) >> 20)
+highest = usage.peak() - before
+usage.reset_peak()
+print(there >> 20, highest >> 20, (usage.peak() - before) >> 20)
 """
 
 
 def test_the_peak_counts_what_is_gone_already_and_starts_anew() -> None:
-    if not memory.reset_peak():
+    if not usage.reset_peak():
         pytest.skip("this system keeps one high-water mark for a process's whole life")
     # In a process of its own: one that other tests have filled has memory to spare, and need not grow.
     done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
@@ -210,6 +211,58 @@ def test_the_table_for_people(toy: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert call("toy", "--quick", "--threads", "1") == 0
     quick = capsys.readouterr().out
     assert "a quick run: its times and memory mean nothing" in quick and "goal" not in quick
+
+
+ALONE = """
+import sys
+import time
+from benchmark.perf.entries import Part
+from benchmark.perf.typed import typed
+
+def one(inputs, job):
+    typed("toy_command", *inputs, codes=(3,))
+    return {{}}
+
+PARTS = (
+    Part("some --help", lambda job: ["{seconds}"], one, starts_processes=True),
+    Part("other --help", lambda job: ["0"], one, starts_processes=True),
+)
+TOLERANCES = {{}}
+"""
+
+
+@pytest.mark.parametrize(("seconds", "reached"), [(0.0, True), (2.0, False)])
+def test_an_entry_without_a_reference_is_held_to_seconds(
+    toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float, reached: bool
+) -> None:
+    toy()
+    (tmp_path / "toy_entry.py").write_text(ALONE.format(seconds=seconds))
+    (tmp_path / "toy_command.py").write_text(
+        "import sys, time\nheld = bytearray(150 << 20)\ntime.sleep(float(sys.argv[1]))\nsys.exit(3)\n"
+    )
+    ENTRIES["toy"] = Entry("toy", "a toy", None, "toy_entry", {"cpu": Goal(seconds={"--help": 1.5})})
+    assert call("toy", "--runs", "1", "--threads", "1") == 0
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if "CPU time" in line)
+    assert header.split() == ["ours", "CPU", "time", "memory"] and "against" not in out
+    assert f"goal: --help under 1.5 s: {seconds:.0f}." in out and out.count("reached") == int(reached)
+    assert call("toy", "--runs", "1", "--threads", "1", "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)["entries"]
+    assert entry["reached"] == {"--help": reached} and entry["reference"] is None and entry["checks"] == []
+    assert entry["parts"][0]["floor_s"] is None and entry["total"]["faster"] is None
+    assert entry["parts"][0]["ours"]["peak_bytes"] > 150 << 20, "that of the process that did the work"
+    assert call("toy", "--list") == 0
+    assert "reference:  none" in capsys.readouterr().out
+    (tmp_path / "toy_command.py").write_text("raise OSError('the disk is full')")
+    assert call("toy", "--runs", "1", "--threads", "1") == 1
+    assert capsys.readouterr().err.strip().endswith("ended with 1: OSError: the disk is full")
+
+
+def test_the_commands_that_are_started_are_all_there_are() -> None:
+    root = Path(harness.__file__).parents[2]
+    files = [file for package in ("benchmark", "leaderboard", "metrics") for file in (root / package).rglob("*.py")]
+    named = {name for file in files for name in re.findall(r'prog="python -m ([\w.]+)"', file.read_text())}
+    assert named - {"benchmark.perf.worker"} == set(COMMANDS)
 
 
 def test_list_names_every_entry_and_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,19 +317,27 @@ def test_help_is_quick() -> None:
 # --- entry by entry ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ENTRIES)
 def test_quick_run_of_every_entry(name: str, tmp_path: Path) -> None:
     entry, reports = ENTRIES[name], {}
-    for side in ("ours", "reference"):
+    for side in entry.sides:
         folder = tmp_path / side
         folder.mkdir()
         assert work([entry.module, side, str(folder), "--device", "cpu", "--threads", "1", "--quick"]) == 0
         reports[side] = json.loads((folder / "report.json").read_text())
-    assert [part["part"] for part in reports["ours"]["parts"]] == [
-        part["part"] for part in reports["reference"]["parts"]
-    ]
-    assert all(part["floor"]["operations"] > 0 and part["wall_s"] > 0 for part in reports["ours"]["parts"])
+    parts = [[part["part"] for part in report["parts"]] for report in reports.values()]
+    assert all(own == parts[0] for own in parts)
+    for part in reports["ours"]["parts"]:
+        assert part["wall_s"] > 0 and part["cpu_s"] > 0 and (part["floor"] is None or part["floor"]["operations"] > 0)
+    for goal in entry.goals.values():
+        assert all(any(part.endswith(name) for part in parts[0]) for name in goal.seconds)
+        assert entry.reference or (goal.faster is None and goal.smaller is None)
+    if entry.reference is None:
+        assert reports["ours"]["tolerances"] == {}
+        return
     tolerances = reports["ours"]["tolerances"]
+    assert tolerances
     checks = harness._compare(tmp_path / "ours" / "results.npz", tmp_path / "reference" / "results.npz", tolerances)
     assert [check.name for check in checks if not check.same] == []
 

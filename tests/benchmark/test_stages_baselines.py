@@ -23,7 +23,7 @@ from benchmark.graph import Stage
 from benchmark.stages import KINDS, baselines, image_name, reconstruct, variant_stages
 from benchmark.stages import score as score_stage
 from benchmark.stages.baselines import FittedPredictor, Targets, build_network, load_predictor
-from benchmark.stages.bit import Pool, Validation, lowlevel_loss, open_pool
+from benchmark.stages.bit import Pool, Validation, draw, lowlevel_loss, open_pool
 from benchmark.stages.features import LowLevelTargets, SemanticTargets
 from benchmark.stages.prepare import Prepared
 from benchmark.stages.reconstruct import read_images
@@ -167,7 +167,8 @@ def test_the_squared_error_weighs_layers_alike(data: Prepared, context: Callable
     tokens = targets.lowlevel.tokens
     positions = tokens.sample_positions(len(batch.rows), seeded(5))
     with torch.no_grad():
-        loss, predicted, true = lowlevel_loss(model, batch, targets.lowlevel, None, seeded(5), None, "cpu")
+        drawn = draw(ctx.config, data, batch, seeded(5), targets.lowlevel.read, tokens, training=False)
+        loss, predicted, true = lowlevel_loss(model, drawn, targets.lowlevel, None, "cpu")
         everything = model(batch.betas, batch.subject)
     index = positions[..., None].expand(-1, -1, tokens.width)
     torch.testing.assert_close(predicted, everything.gather(1, index))

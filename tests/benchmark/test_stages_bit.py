@@ -264,15 +264,15 @@ import json, os, signal, sys
 from dataclasses import replace
 from benchmark.execute import RunOptions, execute
 from benchmark.graph import Stage
-from benchmark.stages import bit
+from benchmark import training
 from benchmark.store import Store
 
-draw = bit.Pool.draw
-def deadly(self, size, step, generator):
+take = training._Batches.take
+def deadly(self, step):
     if step == {kill_at}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return draw(self, size, step, generator)
-bit.Pool.draw = deadly
+    return take(self, step)
+training._Batches.take = deadly
 stage = Stage.from_dict(json.load(open(sys.argv[2])))
 execute(stage, Store(sys.argv[1]), RunOptions(threads=1, progress=False, checkpoint_seconds=0.0))
 """

@@ -112,7 +112,8 @@ def test_checkpointing_changes_no_gradient(tiny_run: Any, data: Prepared) -> Non
         assert taps.adapters is not None
         for p in taps.adapters.parameters():
             torch.nn.init.normal_(p, std=0.1)
-        sum(tap.square().mean() for tap in taps(np.array([0, 1]), torch.Generator().manual_seed(1))).backward()
+        images = taps.read(np.array([0, 1]), torch.Generator().manual_seed(1))
+        sum(tap.square().mean() for tap in taps.compute(images)).backward()
         gradients.append([p.grad for p in taps.adapters.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
@@ -121,5 +122,6 @@ def test_training_images_are_shifted_by_the_steps_generator(tiny_run: Any, data:
     taps = LiveTaps(with_adapters(tiny_run), data, "cpu")
     rows = np.arange(4)
     with torch.no_grad():
-        still, moved, same = (taps(rows, g)[0] for g in (None, *(torch.Generator().manual_seed(1) for _ in range(2))))
+        generators = (None, *(torch.Generator().manual_seed(1) for _ in range(2)))
+        still, moved, same = (taps.compute(taps.read(rows, generator))[0] for generator in generators)
     assert torch.equal(moved, same) and not torch.allclose(still, moved)

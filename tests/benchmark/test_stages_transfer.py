@@ -425,7 +425,7 @@ def test_a_table_starts_at_the_nearest_known_voxels_or_at_the_stage_before(
 ) -> None:
     starts: list[Tensor] = []
 
-    def fit(ctx: Any, model: Any, table: Tensor, *rest: Any) -> dict[str, Any]:
+    def fit(ctx: Any, model: Any, table: Tensor, *rest: Any, **more: Any) -> dict[str, Any]:
         starts.append(table.detach().clone())
         return {}
 
@@ -684,15 +684,15 @@ SCRIPT = """
 import json, os, signal, sys
 from benchmark.execute import RunOptions, execute
 from benchmark.graph import Stage
-from benchmark.stages import transfer
+from benchmark import training
 from benchmark.store import Store
 
-draw = transfer.MixedPool.draw
-def deadly(self, size, step, generator):
+take = training._Batches.take
+def deadly(self, step):
     if step == {kill_at}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return draw(self, size, step, generator)
-transfer.MixedPool.draw = deadly
+    return take(self, step)
+training._Batches.take = deadly
 stage = Stage.from_dict(json.load(open(sys.argv[2])))
 execute(stage, Store(sys.argv[1]), RunOptions(threads=1, progress=False, checkpoint_seconds=0.0))
 """

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -394,6 +395,88 @@ def test_bad_calls(tmp_path: Path) -> None:
             TrainingConfig(steps=2, optimiser=OptimiserConfig(groups={"voxel": GroupConfig()})),
             parameter_groups={"voxels": net.embedding.parameters()},
         )
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_reading_ahead_changes_no_bit(tmp_path: Path, accumulate: int) -> None:
+    """Against steps that make their batch themselves; chance goes on where reading left it, and dropout is its own."""
+    fixed = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, FEATURES, generator=fixed), torch.randn(40, OUTPUTS, generator=fixed)
+    found = {}
+    for way in ("itself", "read", "read ahead"):
+        net = Net(dropout=0.3)
+
+        def read(step: int, generator: torch.Generator) -> Tensor:
+            return torch.randint(40, (6,), generator=generator)
+
+        def of_rows(rows: Tensor, generator: torch.Generator, net: Net = net) -> tuple[Tensor, dict[str, float]]:
+            noise = torch.randn(6, FEATURES, generator=generator)
+            return (net(x[rows] + noise, rows % SUBJECTS) - y[rows]).square().mean(), {}
+
+        def itself(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+            return of_rows(read(step, generator), generator)
+
+        reading = {} if way == "itself" else {"read": read, "read_ahead": way == "read ahead"}
+        loss = itself if way == "itself" else of_rows
+        config = TrainingConfig(steps=7, accumulate=accumulate, seed=4)
+        torch.manual_seed(99)  # is not used, and not moved
+        train(net, loss, config=config, ctx=Context(tmp_path / way), label="test", **reading)
+        found[way] = weights(net) | {"torch's own": torch.rand(3)}
+    for way in ("read", "read ahead"):
+        assert all(torch.equal(found[way][name], value) for name, value in found["itself"].items()), way
+
+
+def test_a_batch_is_read_while_the_step_before_computes(tmp_path: Path) -> None:
+    net, begun = Net(), [threading.Event() for _ in range(5)]
+    threads: list[tuple[threading.Thread, int]] = []
+    batch_loss, _ = problem(net)
+
+    def read(step: int, generator: torch.Generator) -> int:
+        threads.append((threading.current_thread(), torch.get_num_threads()))
+        begun[step].set()
+        return step
+
+    def waits(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        if step < 4:
+            assert begun[step + 1].wait(30), "the next batch is on its way"
+        return batch_loss(step, generator)
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(net, waits, config=TrainingConfig(steps=5), ctx=Context(tmp_path), label="test", read=read)
+        assert torch.get_num_threads() == 2, "the step keeps its threads"
+    finally:
+        torch.set_num_threads(own)
+    assert len(threads) == 5, "and nothing is read that no step needs"
+    assert {number for _, number in threads} == {1}, "reading keeps to one thread"
+    (reader,) = {thread for thread, _ in threads}
+    assert reader is not threading.current_thread() and not reader.is_alive()
+
+
+def test_what_reading_raises_is_raised_by_the_step_that_needs_it(tmp_path: Path) -> None:
+    net, steps = Net(), []
+    batch_loss, _ = problem(net)
+
+    def read(step: int, generator: torch.Generator) -> int:
+        if step == 3:
+            raise OSError("shard 7 cannot be read")
+        return step
+
+    def counted(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        steps.append(step)
+        return batch_loss(step, generator)
+
+    ctx = Context(tmp_path, checkpoint_seconds=0.0)
+    with pytest.raises(OSError, match="shard 7 cannot be read"):
+        train(net, counted, config=TrainingConfig(steps=9), ctx=ctx, label="test", read=read)
+    assert steps == [0, 1, 2]
+    found = checkpoint.load(tmp_path / "test")
+    assert found is not None and found[1]["progress"]["step"] == 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
 
 
 def test_running_mean_of_the_weights(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The most memory that this process had resident since a moment of choice."""
+"""What this process and those that it started have used: memory at its highest, seconds of the processor."""
 
 from __future__ import annotations
 
@@ -34,4 +34,19 @@ def peak() -> int:
     except OSError:
         pass
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return _bytes(most)
+
+
+def peak_of_children() -> int:
+    """Return the most bytes that any process started from here, and ended since, had resident."""
+    return _bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+def cpu_seconds() -> float:
+    """Return the seconds of the processor that this process and all that it started and that ended have had."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _bytes(maxrss: int) -> int:
+    return maxrss if sys.platform == "darwin" else maxrss * 1024
