@@ -4,7 +4,7 @@ The loop owns the optimiser, the schedule, mixed precision, accumulation, checkp
 weights; the caller owns the network, the batch and the loss. Nothing random outlives a step: the generator that draws a
 batch and torch's global generator (dropout) are seeded anew from (seed, micro-step), so a run that is killed at any
 point and started again ends with the same bits as one that was never disturbed, and no data loader has a state to
-restore. For the same reason a thread may read the next batch while a step computes, and change nothing.
+restore. For the same reason threads may read the next batches while a step computes, and change nothing.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def train(
         ctx: where checkpoints, metrics and progress go, how often, and the device.
         label: what people read; also names the folder of the checkpoints, so two trainings of a stage need two labels.
         read: reads the batch of a micro-step. It must not use the network, nor torch's global generator.
-        read_ahead: let a thread read the next batch while a step computes.
+        read_ahead: let threads read the next batches while a step computes.
         validate: returns the validation metrics; ``config.select`` names one of them.
         parameter_groups: group name -> parameters, for the groups in ``config.optimiser.groups``. A group that has no
             entry there is trained like the rest.
@@ -273,58 +273,66 @@ class _Drawn:
 
 
 class _Batches:
-    """Reads the batches of this process's micro-steps, each while the step before it computes.
+    """Reads the batches of this process's micro-steps while the steps before them compute.
 
-    One thread, one batch ahead: results are those of reading when asked, since each micro-step has a generator of its
-    own. What reading raises is raised by the step that needs the batch.
+    Results are those of reading when asked, since each micro-step has a generator of its own. What reading raises is
+    raised by the step that needs the batch.
     """
 
     def __init__(
         self, read: Read | None, generator_of: Callable[[int], torch.Generator], micro_steps: range, *, ahead: bool
     ) -> None:
         self.read, self.generator_of, self.micro_steps = read, generator_of, micro_steps
-        self.thread = _reading_thread() if ahead and read is not None else None
-        self.next: tuple[int, Future[_Drawn]] | None = None
+        self.count = reading_threads() if ahead and read is not None else 0
+        self.threads = _quiet_threads(self.count) if self.count else None
+        self.begun: dict[int, Future[_Drawn]] = {}
 
     def __enter__(self) -> _Batches:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.thread is not None:
-            self.thread.shutdown(cancel_futures=True)
+        if self.threads is not None:
+            self.threads.shutdown(cancel_futures=True)
 
     def take(self, micro_step: int) -> _Drawn:
-        """Return what was read for a micro-step, and begin to read for the next."""
-        if self.thread is None:
+        """Return what was read for a micro-step; those after it are begun, as many as there are threads."""
+        if self.threads is None:
             return self._read(micro_step)
-        if self.next is None or self.next[0] != micro_step:
-            self._begin(micro_step)
-        assert self.next is not None
-        drawn = self.next[1].result()
-        self._begin(micro_step + self.micro_steps.step)
+        self._begin(micro_step)
+        drawn = self.begun.pop(micro_step).result()
+        for number in range(1, self.count + 1):
+            self._begin(micro_step + number * self.micro_steps.step)
         return drawn
 
     def _begin(self, micro_step: int) -> None:
-        assert self.thread is not None
-        known = micro_step in self.micro_steps
-        self.next = (micro_step, self.thread.submit(self._read, micro_step)) if known else None
+        if micro_step in self.micro_steps and micro_step not in self.begun:
+            assert self.threads is not None
+            self.begun[micro_step] = self.threads.submit(self._read, micro_step)
 
     def _read(self, micro_step: int) -> _Drawn:
         generator = self.generator_of(micro_step)
         return _Drawn(micro_step if self.read is None else self.read(micro_step, generator), generator)
 
 
-def _reading_thread() -> ThreadPoolExecutor:
-    """Return a thread whose torch operations stay in it: a second team of threads would fight for the step's cores."""
-    thread, own = ThreadPoolExecutor(1, "read"), torch.get_num_threads()
+def reading_threads() -> int:
+    """Return how many threads read ahead, each a batch: a fourth of the stage's, at most four."""
+    return max(1, min(4, torch.get_num_threads() // 4))
+
+
+def _quiet_threads(count: int) -> ThreadPoolExecutor:
+    """Return threads whose torch operations stay in them: more teams of threads would fight for the step's cores."""
+    own, all_there = torch.get_num_threads(), threading.Barrier(count)
 
     def alone() -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # torch takes the number over when it is first asked in a thread
+        all_there.wait()
 
-    thread.submit(alone).result()
+    threads = ThreadPoolExecutor(count, "read")
+    for started in [threads.submit(alone) for _ in range(count)]:
+        started.result()
     torch.set_num_threads(own)  # of this thread, and of those to come
-    return thread
+    return threads
 
 
 class _Forward(nn.Module):

@@ -126,11 +126,16 @@ class Pool:
         positions = np.arange(step * size, (step + 1) * size)
         out = np.empty(size, np.int64)
         for epoch in np.unique(positions // total):
-            if self._epoch is None or self._epoch[0] != epoch:
-                self._epoch = (int(epoch), np.random.default_rng([self.seed, int(epoch)]).permutation(total))
             here = positions // total == epoch
-            out[here] = self._epoch[1][positions[here] % total]
+            out[here] = self._order(int(epoch), total)[positions[here] % total]
         return out
+
+    def _order(self, epoch: int, total: int) -> np.ndarray:
+        """Return the order of an epoch's samples. Threads may ask for different ones at a time."""
+        known = self._epoch
+        if known is None or known[0] != epoch:
+            known = self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(total))
+        return known[1]
 
 
 class Validation:

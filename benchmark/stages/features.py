@@ -30,9 +30,10 @@ from methods.brain_it.vgg_tokens import ChannelStats, FeatureTokens, TokenLayer
 SHAPES = "shapes.json"
 
 
-def as_pixels(images: np.ndarray, size: int | None = None) -> Tensor:
+def as_pixels(images: np.ndarray | Tensor, size: int | None = None) -> Tensor:
     """Return uint8 B x H x W x 3 as float B x 3 x S x S in [0, 1], resized (bilinear, antialiased) where need be."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    held = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    pixels = held.permute(0, 3, 1, 2).float() / 255
     if size is None or pixels.shape[-1] == size:
         return pixels
     return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
@@ -157,22 +158,20 @@ class SemanticTargets:
         return self.compute(self.read(rows))
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """Return the tokens as they are stored, or else the images as the network wants them."""
-        if self.stored is not None:
-            return staged(torch.from_numpy(self.stored[rows]), self.device)
-        size = getattr(self._network(), "input_size", None)
-        return staged(as_pixels(self.data.target_images(rows), size), self.device)
+        """Return the tokens as they are stored, or else the images."""
+        array = self.data.target_images(rows) if self.stored is None else self.stored[rows]
+        return staged(torch.from_numpy(array), self.device)
 
     @torch.no_grad()
     def compute(self, found: Tensor) -> Tensor:
         """Return the tokens of what was read."""
-        found = as_float32(found, self.device)
-        return found if self.stored is not None else self._network()(found).float()
-
-    def _network(self) -> nn.Module:
+        if self.stored is not None:
+            return as_float32(found, self.device)
         if self.network is None:
             self.network = semantic_network(self.config).to(self.device)
-        return self.network
+        pixels = as_pixels(found.to(self.device, non_blocking=True), getattr(self.network, "input_size", None))
+        tokens: Tensor = self.network(pixels).float()
+        return tokens
 
 
 def semantic_network(config: Mapping[str, Any]) -> nn.Module:
@@ -230,12 +229,12 @@ class LowLevelTargets:
         return self.compute(self.read(rows))
 
     def read(self, rows: np.ndarray) -> list[Tensor]:
-        """Return the maps as they are stored, or else the images as the network wants them."""
+        """Return the maps as they are stored, or else the images."""
         if self.maps:
             return [torch.from_numpy(layer[rows]) for layer in self.maps]
         if self.data is None or self.stage is None:
             raise ValueError("maps that are not stored are computed from the images, as the stage's config says")
-        return [staged(as_pixels(self.data.target_images(rows), self.stage["lowlevel_size"]), self.device)]
+        return [staged(torch.from_numpy(self.data.target_images(rows)), self.device)]
 
     @torch.no_grad()
     def compute(self, found: list[Tensor]) -> Tensor:
@@ -243,11 +242,12 @@ class LowLevelTargets:
         maps = [as_float32(layer, "cpu") for layer in found] if self.maps else self._computed(found[0])
         return self.tokens.merge(self.standardised(maps))
 
-    def _computed(self, pixels: Tensor) -> list[Tensor]:
+    def _computed(self, images: Tensor) -> list[Tensor]:
         assert self.stage is not None
         if self.network is None:
             self.network = networks.feature_network(self.stage["lowlevel"]).to(self.device)
-        found = self.network.features(pixels.to(self.device, non_blocking=True), self.stage["layers"])
+        pixels = as_pixels(images.to(self.device, non_blocking=True), self.stage["lowlevel_size"])
+        found = self.network.features(pixels, self.stage["layers"])
         return [found[layer].float() for layer in self.stage["layers"]]
 
     def standardised(self, maps: list[Tensor]) -> list[Tensor]:

@@ -144,9 +144,13 @@ def sample_voxels(
     """
     limit = torch.as_tensor(n_voxels, device=generator.device).expand(batch).unsqueeze(1)
     uniform = torch.rand(batch, n_draws, generator=generator, device=generator.device, dtype=torch.float64)
-    drawn = (uniform * limit).long().clamp(max=limit - 1)
+    drawn = uniform.mul_(limit).long().clamp_(max=limit - 1)
     mask = torch.zeros(batch, int(limit.max()) if width is None else width, dtype=torch.bool, device=generator.device)
-    return mask.scatter_(1, drawn, True)
+    if mask.is_cuda:
+        return mask.scatter_(1, drawn, True)
+    for row, own in zip(mask.numpy(), drawn.numpy(), strict=True):  # a fourth of scatter's time
+        row[own] = True
+    return mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,17 @@ def test_epochs_draw_what_they_are_asked_for_in_any_order(data: Prepared, extern
         assert torch.equal(batch.betas, all_steps[step].betas) and np.array_equal(batch.rows, all_steps[step].rows)
     other = Pool(data, external, None, seed=4).draw(8, 4, seeded(4))
     assert not np.array_equal(other.rows, all_steps[4].rows)
+
+
+def test_threads_may_draw_at_the_same_time(data: Prepared, external: Path) -> None:
+    """Of one pool, over the ends of epochs: as the threads that read ahead do."""
+    shared, alone = (Pool(data, external, None, seed=3) for _ in range(2))
+    steps = list(range(60))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda step: shared.draw(8, step, seeded(step)), steps))
+    for step, batch in zip(steps, found, strict=True):
+        expected = alone.draw(8, step, seeded(step))
+        assert torch.equal(batch.betas, expected.betas) and np.array_equal(batch.rows, expected.rows)
 
 
 @pytest.mark.parametrize("fraction", [None, 0.25])
