@@ -9,6 +9,8 @@ it busy one by one. Then half of the work would be the convolutions of enlarged 
 size before the enlargement (`enlarged_convolution`): the same sums in another order, for a quarter of the products.
 """
 
+import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -105,6 +107,7 @@ class _Enlargement:
     Attributes:
         forward: (blocks, 2 half, 3 window): of A, for the window of every block of 2 half enlarged places.
         backward: (blocks, 3 half, 2 window): of its transpose, rows by tap then place, likewise.
+        backward_by_place: the same, rows by place then tap.
         gram: (n, n), U^T U of the enlargement U itself.
         half: n / blocks.
         window: places that a block needs.
@@ -112,6 +115,7 @@ class _Enlargement:
 
     forward: Tensor
     backward: Tensor
+    backward_by_place: Tensor
     gram: Tensor
     half: int
     window: int
@@ -143,13 +147,42 @@ def _enlargement(n: int, dtype: torch.dtype) -> _Enlargement:
             a[2 * block * half : 2 * (block + 1) * half, start : start + window].flatten(1)
             for block, start in enumerate(starts)
         ]
-        backward = [
-            a[2 * start : 2 * (start + window), block * half : (block + 1) * half].permute(2, 1, 0).flatten(0, 1)
-            for block, start in enumerate(starts)
-        ]
-        return _Enlargement(
-            torch.stack(forward).to(dtype), torch.stack(backward).to(dtype), (u.T @ u).to(dtype), half, window
+        transposed = torch.stack(
+            [
+                a[2 * start : 2 * (start + window), block * half : (block + 1) * half].permute(2, 1, 0)
+                for block, start in enumerate(starts)
+            ]
         )
+        return _Enlargement(
+            torch.stack(forward).to(dtype),
+            transposed.flatten(1, 2).to(dtype),
+            transposed.transpose(1, 2).flatten(1, 2).to(dtype),
+            (u.T @ u).to(dtype),
+            half,
+            window,
+        )
+
+
+class _Scratch(threading.local):
+    """Memory for what nobody reads after a call: to ask the system for it each time costs as much as to compute it."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return uninitialised memory, the same one at each call of this role."""
+        size = math.prod(shape)
+        held = self.held.get((role, dtype))
+        if held is None or held.numel() < size:
+            held = self.held[role, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(shape)
+
+    def free(self) -> None:
+        """Give it back."""
+        self.held.clear()
+
+
+_scratch = _Scratch()
 
 
 class _EnlargedConvolution(torch.autograd.Function):
@@ -162,20 +195,21 @@ class _EnlargedConvolution(torch.autograd.Function):
         taps = weight.permute(2, 1, 3, 0).reshape(3, inputs, 3 * outputs)  # k, input, (l, output)
         ctx.save_for_backward(x, taps)
         # What each row gives to each tap, before anything is enlarged: i, k, j, (l, output).
-        products = x.new_empty(height, 3, width, 3 * outputs)
+        products = _scratch.take("products", (height, 3, width, 3 * outputs), x.dtype)
         for k in range(3):
             torch.bmm(x, taps[k].expand(height, inputs, 3 * outputs), out=products[:, k])
         rows, columns = _enlargement(height, x.dtype), _enlargement(width, x.dtype)
         row = 3 * width * outputs
         windows = products.as_strided((rows.blocks, 3 * rows.window, row), (rows.step * 3 * row, row, 1))
-        tall = torch.bmm(rows.forward, windows).view(2 * height, row)
         out = x.new_empty(2 * height, columns.blocks, 2 * columns.half, outputs)
-        for block in range(columns.blocks):
-            windows = tall.as_strided(
-                (2 * height, 3 * columns.window, outputs), (row, outputs, 1), block * columns.step * 3 * outputs
-            )
-            matrix = columns.forward[block].expand(2 * height, -1, -1)
-            torch.bmm(matrix, windows, out=out[:, block])
+        # Some enlarged rows at a time, and each row's columns by itself: they are still in the cache.
+        tall = _scratch.take("tall", (2 * rows.half, row), x.dtype)
+        stride = (columns.step * 3 * outputs, outputs, 1)
+        own = [one.as_strided((columns.blocks, 3 * columns.window, outputs), stride) for one in tall]
+        for block in range(rows.blocks):
+            torch.mm(rows.forward[block], windows[block], out=tall)
+            for one, target in zip(own, out[2 * rows.half * block :], strict=False):
+                torch.bmm(columns.forward, one, out=target)
         return out.view(2 * height, 2 * width, outputs)
 
     @staticmethod
@@ -186,27 +220,23 @@ class _EnlargedConvolution(torch.autograd.Function):
         gradient = gradient.contiguous()
         rows, columns = _enlargement(height, x.dtype), _enlargement(width, x.dtype)
         row = 3 * width * outputs
-        tall = x.new_empty(2 * height, columns.blocks, 3 * columns.half, outputs)
-        for block in range(columns.blocks):
-            windows = gradient.as_strided(
-                (2 * height, 2 * columns.window, outputs),
-                (2 * width * outputs, outputs, 1),
-                block * columns.step * 2 * outputs,
-            )
-            torch.bmm(columns.backward[block].expand(2 * height, -1, -1), windows, out=tall[:, block])
-        # Blocks of columns hold l, j: bring them to j, (l, output), as the products lie.
-        tall = tall.view(2 * height, columns.blocks, 3, columns.half, outputs).transpose(2, 3).reshape(2 * height, row)
+        tall = _scratch.take("all tall", (2 * height, columns.blocks, 3 * columns.half, outputs), x.dtype)
+        stride = (columns.step * 2 * outputs, outputs, 1)
+        for one, target in zip(gradient.flatten(1), tall, strict=True):
+            windows = one.as_strided((columns.blocks, 2 * columns.window, outputs), stride)
+            torch.bmm(columns.backward_by_place, windows, out=target)  # j, (l, output), as the products lie
         windows = tall.as_strided((rows.blocks, 2 * rows.window, row), (rows.step * 2 * row, row, 1))
-        products = torch.bmm(rows.backward, windows).view(rows.blocks, 3, rows.half * width, 3 * outputs)
+        products = _scratch.take("block's products", (3, rows.half * width, 3 * outputs), x.dtype)
         dx, dtaps = torch.empty_like(x), torch.zeros_like(taps)
         for block in range(rows.blocks):
+            torch.mm(rows.backward[block], windows[block], out=products.view(3 * rows.half, row))
             own = slice(block * rows.half, (block + 1) * rows.half)
             known, target = x[own].view(-1, inputs), dx[own].view(-1, inputs)
-            torch.mm(products[block, 0], taps[0].T, out=target)
+            torch.mm(products[0], taps[0].T, out=target)
             for k in range(1, 3):
-                target.addmm_(products[block, k], taps[k].T)
+                target.addmm_(products[k], taps[k].T)
             for k in range(3):
-                dtaps[k].addmm_(known.T, products[block, k])
+                dtaps[k].addmm_(known.T, products[k])
         return dx, dtaps.view(3, inputs, 3, outputs).permute(3, 1, 0, 2)
 
 
@@ -431,6 +461,7 @@ def invert(
                 progress(losses.detach()[:count])
         assert average is not None
         images.append(average[:count])
+    _scratch.free()
     return torch.cat(images)
 
 
