@@ -218,6 +218,6 @@ def floor(job: Job) -> Floor:
 
 
 PARTS: tuple[Part, ...] = (Part("features to images", _inputs, ours, reference, floor),)
-# Adam takes whole steps by the sign of gradients that are mostly rounding: after five steps the plain network in float32
-# is 1.6e-3 away from itself in float64, and 7e-4 from itself on one thread.
+# Adam takes whole steps by the sign of gradients that are mostly rounding: after five steps the plain network in
+# float32 is 1.6e-3 away from itself in float64, and 7e-4 from itself on one thread.
 TOLERANCES: Mapping[str, float] = {"images": 1e-2, "losses, in terms of the first": 5e-3}
