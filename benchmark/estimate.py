@@ -284,6 +284,36 @@ def plan_lines(decisions: Sequence[Decision], variants: Mapping[str, Variant], o
     return ["  " + "  ".join(_cell(cell, widths[k], k) for k, cell in enumerate(row)).rstrip() for row in rows]
 
 
+def sweep_lines(sweeps: Mapping[str, Sequence[tuple[Stage, Variant]]]) -> list[str]:
+    """Return a table of what sweeps take: each by itself, and one after the other, when what they share is there.
+
+    Args:
+        sweeps: name -> its stages, each with a variant that it belongs to.
+    """
+    rows = [("sweep", "stages", "GPU-hours", "disk", "then new", "GPU-hours", "disk")]
+    known: set[str] = set()
+    everything = NOTHING
+    for name, stages in sweeps.items():
+        new = [(stage, variant) for stage, variant in stages if stage.fingerprint not in known]
+        known |= {stage.fingerprint for stage, _ in stages}
+        alone, added = (_sum(part) for part in (stages, new))
+        everything += added
+        rows.append((name, *_amounts(len(stages), alone), *_amounts(len(new), added)))
+    rows.append(("in all", "", "", "", *_amounts(len(known), everything)))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    cells = [[cell.rjust(widths[k]) if k else cell.ljust(widths[k]) for k, cell in enumerate(row)] for row in rows]
+    note = f"estimated; disk includes the largest stage's checkpoints; at most {_size(everything.memory)} of a GPU"
+    return [*("  ".join(row).rstrip() for row in cells), note]
+
+
+def _sum(stages: Sequence[tuple[Stage, Variant]]) -> Estimate:
+    return sum((estimate(stage, variant) for stage, variant in stages), NOTHING)
+
+
+def _amounts(count: int, cost: Estimate) -> tuple[str, str, str]:
+    return f"{count}", _hours(cost), _size(cost.disk + cost.scratch)
+
+
 def needed_disk(decisions: Sequence[Decision], variants: Mapping[str, Variant], owner: Mapping[str, str]) -> float:
     """Return the bytes that the stages which run will write, the largest one's checkpoints included."""
     total = NOTHING

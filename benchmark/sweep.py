@@ -20,6 +20,7 @@ COMMANDS = ("status", "logs", "cancel", "retry", "sync")
 EXAMPLES = """\
 examples:
   python -m benchmark.sweep list                       what there is
+  python -m benchmark.sweep list --preset paper        what each takes at the paper's size, in GPU-hours and disk
   python -m benchmark.sweep clusters                   the demo: makes its own data, needs nothing
   python -m benchmark.sweep clusters --quick           three points, fewer images and steps
   python -m benchmark.sweep clusters --only 64,128     two of its points
@@ -69,7 +70,7 @@ def main() -> int:
         raise UserError(f"unknown command '{first}'{near}")
     args = parser().parse_args()
     if args.sweep == "list":
-        return _list()
+        return _estimates(args) if args.preset == "paper" else _list()
     from benchmark.sweeps import load_sweep, own_file
 
     if (path := own_file(args.sweep)) is not None:
@@ -88,6 +89,33 @@ def _list() -> int:
         values = ", ".join(str(value) for value in sweep.axis.values)
         varied = sweep.axis.setting or sweep.axis.name
         print(f"{name:<12} {sweep.title}\n{'':<12} {varied}: {values}\n{'':<12} answers {sweep.answers}")
+    return 0
+
+
+def _estimates(args: argparse.Namespace) -> int:
+    """Print what every sweep takes at the paper's size; data and weights need not be there."""
+    from benchmark.estimate import sweep_lines
+    from benchmark.graph import Plan
+    from benchmark.running import resolve_variants
+    from benchmark.stages import variant_stages
+    from benchmark.sweeps import load_sweep, sweep_names
+
+    sweeps = {}
+    for name in sweep_names():
+        sweep = load_sweep(name)
+        variants = resolve_variants(sweep, args)
+        stages = {
+            name: variant_stages(variant, name, "missing", absent="missing") for name, variant in variants.items()
+        }
+        main = stages[sweep.variant(sweep.axis.main)]
+        owner = {
+            stage.fingerprint: variants[label]
+            for label, own in stages.items()
+            for stage in Plan.of([own.end, own.references]).stages
+        }
+        ends = [own.end for own in stages.values()] + ([main.references] if main.synthetic is None else [])
+        sweeps[sweep.name] = [(stage, owner[stage.fingerprint]) for stage in Plan.of(ends).stages]
+    print("\n".join(sweep_lines(sweeps)))
     return 0
 
 

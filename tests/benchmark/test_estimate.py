@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmark.config import paper
-from benchmark.estimate import estimate
+from benchmark.cli import main_guard
+from benchmark.config import Variant, paper
+from benchmark.estimate import estimate, sweep_lines
+from benchmark.graph import Stage
 from benchmark.running import missing_disk
 from benchmark.stages import variant_stages
+from benchmark.sweep import main
+from benchmark.sweeps import sweep_names
 
 
 def costs(**settings: Any) -> dict[str, Any]:
@@ -86,3 +91,36 @@ def test_a_dry_run_prints_the_plan_and_names_all_that_is_missing(
     refused = sweep_here(*arguments)
     assert refused.code == 2 and "data: " in refused.err and "weights: " in refused.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_sweeps_are_estimated_alone_and_one_after_the_other() -> None:
+    """What two sweeps share is counted once; the sum is that of all different stages."""
+
+    def stages(clusters: int) -> list[tuple[Stage, Variant]]:
+        variant = paper().with_settings({"clustering.n_clusters": clusters})
+        own = variant_stages(variant, f"clusters={clusters}", "0" * 64, absent="missing")
+        return [(stage, variant) for stage in own.chain]
+
+    few, many = stages(8), stages(512)
+    both = few + [one for one in many if one[0].fingerprint not in {stage.fingerprint for stage, _ in few}]
+    lines = [line.split() for line in sweep_lines({"few": few, "both": both})]
+    head, first, second, total, *_ = lines
+    assert head[0] == "sweep" and first[0] == "few" and second[0] == "both" and total[:2] == ["in", "all"]
+    everything = {stage.fingerprint: (stage, variant) for stage, variant in few + many}.values()
+    hours = [sum(estimate(stage, variant).gpu_hours for stage, variant in part) for part in (few, everything)]
+    assert float(first[2]) == pytest.approx(hours[0], abs=0.06)
+    assert float(total[3]) == pytest.approx(hours[1], abs=0.06)
+    shared = {stage.fingerprint for stage, _ in few} & {stage.fingerprint for stage, _ in many}
+    assert 3 < len(shared) < len(few), "data, targets, encoder and predicted responses"
+    assert int(total[2]) == len(few) + len(many) - len(shared)
+
+
+def test_the_list_says_what_each_sweep_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.sweep", "list", "--preset", "paper"])
+    assert main_guard(main) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(sweep_names()) + 1]] == sweep_names()
+    table1 = next(line.split() for line in lines if line.startswith("table1"))
+    assert 60 < float(table1[2]) < 90, "one variant: about what the paper's App. D adds up to"
