@@ -68,4 +68,6 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) install --require-hashes --no-deps --no-compile --use-pep517 -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
+	@# pip compiles on one core, and Python not at all where it may not write later: then torch alone takes 3 s to import.
+	-@$(BIN)/python -m compileall -qq -j $(JOBS) .venv/lib
 	@touch $@

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from leaderboard.ranking import group, rank
 from leaderboard.results import RESULTS, Result, find, read_results, write_result
 from leaderboard.schema import Interval, Manifest, Row, row_id, write_leaderboard
 from leaderboard.site import Chapter, build_report
-from leaderboard.statistics import compare, scores
+from leaderboard.statistics import Scores, compare, joined, scores
 from leaderboard.table import markdown, print_table
 from metrics.cards import CARDS
 
@@ -72,8 +73,7 @@ def build(args: argparse.Namespace) -> None:
     for results in found:
         for result in results:
             write_result(args.out / RESULTS, result.row, result.per_image())
-        row, table = results[0].row, per_image(results)
-        data = None if table is None else scores(table, row.track)
+        row, data = results[0].row, per_image(results)
         ranking = rank([result.row for result in results], data)
         title = f"{row.track} track, protocol {row.protocol} ({row.protocol_hash[:8]})"
         chapters.append(Chapter(ranking, args.title if len(found) == 1 else title, per_image=data))
@@ -149,12 +149,16 @@ def groups(results: Sequence[Result]) -> list[list[Result]]:
     return [[by_id[row_id(row)] for row in rows] for rows in group([result.row for result in results]).values()]
 
 
-def per_image(results: Sequence[Result]) -> Any:
-    """Return the scores of all results that have some, as one table; None where none has."""
-    import pyarrow as pa
+def per_image(results: Sequence[Result]) -> Scores | None:
+    """Return the scores of all results of one track that have some; None where none has."""
 
-    tables = [table.replace_schema_metadata() for result in results if (table := result.per_image()) is not None]
-    return pa.concat_tables(tables) if tables else None
+    def read(result: Result) -> Scores | None:
+        table = result.per_image()
+        return None if table is None else scores(table, result.row.track)
+
+    with ThreadPoolExecutor(4) as threads:  # reading and sorting let others run
+        parts = [part for part in threads.map(read, results) if part is not None]
+    return joined(parts) if parts else None
 
 
 def refuse_unlike(a: Row, b: Row) -> None:

@@ -28,6 +28,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -43,6 +44,7 @@ from leaderboard.statistics import (
     Scores,
     bootstrap_interval,
     bootstrap_seeds,
+    joined,
     lower_p,
     scores,
     seeds_p,
@@ -119,6 +121,11 @@ class Side:
     table: pa.Table
     protocol: str | None = None
     protocol_hash: str | None = None
+
+    @cached_property
+    def by_seed(self) -> tuple[Scores, Scores]:
+        """The scores, a row for each seed; and the same with numbers for undefined values, to see which are there."""
+        return _by_seed(self.table)
 
 
 @dataclass(frozen=True)
@@ -318,8 +325,8 @@ def measure(candidate: Floats, baseline: Floats, higher: np.ndarray, margin: Flo
     else:
         low, high = bootstrap_interval(gain, rules.n_resamples, rules.seed, 1 - 2 * rules.alpha)
         variance, freedom = spread(gain)
-    p_worse = lower_p(gain + margin[..., None, None], rules.n_permutations, rules.seed)
-    p_better = lower_p(-gain, rules.n_permutations, rules.seed)
+    both = np.stack([gain + margin[..., None, None], -gain])  # signs are flipped once for both
+    p_worse, p_better = lower_p(both, rules.n_permutations, rules.seed)
     if several:
         p_worse = np.maximum(p_worse, seeds_p(mean + margin, variance, freedom))
         p_better = np.maximum(p_better, seeds_p(-mean, variance, freedom))
@@ -336,6 +343,7 @@ def check(
     *,
     same_protocol: bool = False,
     notes: Sequence[str] = (),
+    list_images: bool = True,
 ) -> Check:
     """Compare a candidate with a baseline, image by image.
 
@@ -345,6 +353,7 @@ def check(
         rules: what fails; default :class:`Rules`.
         same_protocol: somebody vouches for it where a side does not say how it was scored.
         notes: to be carried along.
+        list_images: whether ``worse`` is wanted.
 
     Raises:
         ValueError: the two cannot be compared (tracks, protocols, subjects or images differ or are not known, a
@@ -426,7 +435,7 @@ def check(
         seeds=pair.seeds,
         rules=rules,
         findings=tuple(findings),
-        worse=_worse(pair, keys, a, b, higher, blocking),
+        worse=_worse(pair, keys, a, b, higher, blocking) if list_images else (),
         notes=(*notes, *more, *_remarks(candidate, baseline, pair, findings, rules)),
     )
 
@@ -480,13 +489,12 @@ class _Pair:
                 "never compared"
             )
         seeds = [tuple(sorted(pc.unique(table["seed"]).to_pylist())) for table in tables]
-        data = scores(pa.concat_tables([_as_rows(table, place) for place, table in enumerate(tables)]))
-        present = scores(pa.concat_tables([_as_rows(table, place, True) for place, table in enumerate(tables)]))
-        arrays = [
-            (data.values[rows], np.isfinite(present.values[rows]))
-            for place in (0, 1)
-            if (rows := [data.row((str(place), str(seed))) for seed in seeds[place]])
-        ]
+        data, present = (joined(parts) for parts in zip(*(side.by_seed for side in sides), strict=True))
+        first, arrays = 0, []
+        for side, own_seeds in zip(sides, seeds, strict=True):
+            rows = [first + side.by_seed[0].row(("", str(seed))) for seed in own_seeds]
+            arrays.append((data.values[rows], np.isfinite(present.values[rows])))
+            first += len(rows)
         own = [[key for k, key in enumerate(data.metrics) if there[:, k].any()] for _, there in arrays]
         common = [key for key in own[0] if key in own[1]]
         if not common:
@@ -546,30 +554,22 @@ def _distinct(side: Side, table: pa.Table, column: str) -> str:
     return str(values[0])
 
 
-def _as_rows(table: pa.Table, place: int, filled: bool = False) -> pa.Table:
-    """Return scores with a row of their own for each seed: method is the place of the side, variant the seed.
-
-    Args:
-        table: scores of one side.
-        place: 0 or 1.
-        filled: put numbers for undefined values, to tell them from absent ones.
-    """
+def _by_seed(table: pa.Table) -> tuple[Scores, Scores]:
+    """See :attr:`Side.by_seed`; a row's key is ("", seed)."""
     n = table.num_rows
     value = table["value"].to_numpy().astype(np.float64)
-    return pa.table(
-        {
-            "track": pa.array([""] * n),
-            "method": pa.array([str(place)] * n),
-            "variant": pc.cast(table["seed"], pa.string()),
-            "subject": table["subject"].cast(pa.int64()),
-            "seed": pa.array(np.zeros(n, np.int64)),
-            "image_id": table["image_id"].cast(pa.string()),
-            "metric": table["metric"].cast(pa.string()),
-            "value": np.nan_to_num(value, posinf=0.0, neginf=0.0)
-            if filled
-            else np.where(np.isfinite(value), value, np.nan),
-        }
-    )
+    columns = {
+        "track": pa.array([""] * n),
+        "method": pa.array([""] * n),
+        "variant": pc.cast(table["seed"], pa.string()),
+        "subject": table["subject"].cast(pa.int64()),
+        "seed": pa.array(np.zeros(n, np.int64)),
+        "image_id": table["image_id"].cast(pa.string()),
+        "metric": table["metric"].cast(pa.string()),
+    }
+    finite = np.isfinite(value)
+    data = scores({**columns, "value": np.where(finite, value, np.nan)})
+    return data, data if finite.all() else scores({**columns, "value": np.where(finite, value, 0.0)})
 
 
 def _same_images(candidate: str, baseline: str, a: Flags, b: Flags, data: Scores) -> None:
@@ -669,17 +669,20 @@ def _worse(
     ]
     counted = np.isfinite(standard).sum(axis=0)
     total = np.where(counted > 0, np.nansum(standard, axis=0) / np.maximum(counted, 1), -np.inf)
-    found = [
+    subjects, images = np.nonzero(total > 0)
+    order = np.lexsort((images, np.array(pair.subjects)[subjects], -total[subjects, images]))
+    subjects, images = subjects[order], images[order]
+    drops = total[subjects, images].tolist()
+    values = np.stack([second, first], axis=-1)[:, subjects, images].swapaxes(0, 1)  # (found, metrics, 2)
+    known = np.isfinite(values[..., 1])
+    return tuple(
         Worse(
             subject=pair.subjects[s],
             image_id=pair.image_ids[i],
-            drop=float(total[s, i]),
-            values={
-                key: (float(second[k, s, i]), float(first[k, s, i]))
-                for k, key in enumerate(keys)
-                if np.isfinite(first[k, s, i])
-            },
+            drop=drop,
+            values={key: (old, new) for key, (old, new), there in zip(keys, own, finite, strict=True) if there},
         )
-        for s, i in np.argwhere(total > 0)
-    ]
-    return tuple(sorted(found, key=lambda w: (-w.drop, w.subject, pair.image_ids.index(w.image_id))))
+        for s, i, drop, own, finite in zip(
+            subjects.tolist(), images.tolist(), drops, values.tolist(), known.tolist(), strict=True
+        )
+    )

@@ -136,7 +136,8 @@ def _of(table: Any, row: Row, path: Path | None) -> pa.Table:
     missing = {"method", "variant", "value"} - set(table.column_names)
     if missing:
         raise ValueError(f"{where}per-image scores lack the column {', '.join(sorted(missing))}")
-    own = table.filter(pc.and_(pc.equal(table["method"], row.method), pc.equal(table["variant"], row.variant)))
+    mine = pc.and_(pc.equal(table["method"], row.method), pc.equal(table["variant"], row.variant))
+    own = table if pc.all(mine).as_py() else table.filter(mine)  # to filter is to copy
     if own.num_rows == 0:
         raise ValueError(f"{where}no per-image scores of {' '.join(row.key).strip()}")
     return own

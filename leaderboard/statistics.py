@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -112,8 +113,8 @@ def scores(table: Any, track: str | None = None) -> Scores:
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise ValueError(f"per-image scores lack the column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
-    if track is not None:
-        table = table.filter(pc.equal(table["track"], track))
+    if track is not None and not pc.all(wanted := pc.equal(table["track"], track)).as_py():
+        table = table.filter(wanted)
     if table.num_rows == 0:
         raise ValueError("no per-image scores" + (f" on track '{track}'" if track is not None else ""))
     tracks = sorted(pc.unique(table["track"]).to_pylist())
@@ -156,6 +157,31 @@ def scores(table: Any, track: str | None = None) -> Scores:
     )
 
 
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Return the rows of all ``parts``, which must be of different keys and at least one; NaN where one has no score.
+
+    The same as :func:`scores` of one table of all, which takes many times as long.
+    """
+    metrics = tuple(key for key in CARDS if any(key in part.metrics for part in parts))
+    subjects = tuple(sorted({subject for part in parts for subject in part.subjects}))
+    images = tuple(sorted({image for part in parts for image in part.image_ids}, key=_natural))
+    place = [{name: k for k, name in enumerate(names)} for names in (metrics, subjects, images)]
+    keys = [key for part in parts for key in part.keys]
+    values = np.full((len(keys), len(metrics), len(subjects), len(images)), np.nan)
+    undefined = np.zeros((len(keys), len(metrics)), bool)
+    first = 0
+    for part in parts:
+        rows = range(first, first + len(part.keys))
+        own = [
+            [known[name] for name in names]
+            for known, names in zip(place, (part.metrics, part.subjects, part.image_ids), strict=True)
+        ]
+        values[np.ix_(rows, *own)] = part.values
+        undefined[np.ix_(rows, own[0])] = part.undefined
+        first += len(part.keys)
+    return Scores(values, undefined, tuple(keys), metrics, subjects, images)
+
+
 def bootstrap_means(values: Floats, n_resamples: int = 2000, seed: int = 0) -> Floats:
     """Means of crossed resamples of ``values`` (..., subjects, images): (n_resamples, ...).
 
@@ -163,9 +189,7 @@ def bootstrap_means(values: Floats, n_resamples: int = 2000, seed: int = 0) -> F
     cells (NaN) weigh nothing. The mean is over all cells that a resample holds.
     """
     *leading, n_subjects, n_images = values.shape
-    generator = np.random.default_rng(seed)
-    images = generator.multinomial(n_images, np.full(n_images, 1 / n_images), n_resamples).astype(np.float64)
-    subjects = generator.multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), n_resamples).astype(np.float64)
+    subjects, images = _draws(n_subjects, n_images, n_resamples, seed)
 
     def weighted_sum(cells: Floats) -> Floats:
         by_subject = (images @ cells.reshape(-1, n_images).T).reshape(n_resamples, -1, n_subjects)
@@ -178,6 +202,15 @@ def bootstrap_means(values: Floats, n_resamples: int = 2000, seed: int = 0) -> F
         with np.errstate(invalid="ignore"):
             means = weighted_sum(np.where(present, values, 0.0)) / weighted_sum(present.astype(np.float64))
     return np.asarray(means.reshape(n_resamples, *leading), dtype=np.float64)
+
+
+@lru_cache(maxsize=4)
+def _draws(n_subjects: int, n_images: int, n_resamples: int, seed: int) -> tuple[Floats, Floats]:
+    """How often each resample draws each subject, and each image: (n_resamples, ...) both, not to be written to."""
+    generator = np.random.default_rng(seed)
+    images = generator.multinomial(n_images, np.full(n_images, 1 / n_images), n_resamples).astype(np.float64)
+    subjects = generator.multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), n_resamples).astype(np.float64)
+    return subjects, images
 
 
 def bootstrap_interval(
@@ -353,17 +386,24 @@ def permutation_p(differences: Floats, n_permutations: int = 9999, seed: int = 0
     """
     *leading, n_images = differences.shape
     flat = differences.reshape(-1, n_images)
+    signs, exact = _signs(n_images, n_permutations, seed)
+    sums = np.abs(signs @ flat.T)
+    observed = np.abs(flat.sum(axis=1))
+    tolerance = 1e-12 * np.abs(flat).sum(axis=1)  # rounding must not break ties with the observed sum
+    hits = (sums >= observed - tolerance).sum(axis=0)
+    p = hits / len(signs) if exact else (1 + hits) / (1 + n_permutations)
+    return np.asarray(p, dtype=np.float64).reshape(leading)
+
+
+@lru_cache(maxsize=2)
+def _signs(n_images: int, n_permutations: int, seed: int) -> tuple[Floats, bool]:
+    """Signs of the images in each pattern, (patterns, n_images), not to be written to; and whether these are all."""
     exact = 2**n_images <= n_permutations
     if exact:
         patterns = np.arange(2**n_images)[:, None] >> np.arange(n_images) & 1
     else:
         patterns = np.random.default_rng(seed).integers(0, 2, (n_permutations, n_images), dtype=np.int8)
-    sums = np.abs((1.0 - 2.0 * patterns) @ flat.T)
-    observed = np.abs(flat.sum(axis=1))
-    tolerance = 1e-12 * np.abs(flat).sum(axis=1)  # rounding must not break ties with the observed sum
-    hits = (sums >= observed - tolerance).sum(axis=0)
-    p = hits / len(patterns) if exact else (1 + hits) / (1 + n_permutations)
-    return np.asarray(p, dtype=np.float64).reshape(leading)
+    return np.asarray(1.0 - 2.0 * patterns, dtype=np.float64), bool(exact)
 
 
 def lower_p(differences: Floats, n_permutations: int = 9999, seed: int = 0) -> Floats:
@@ -461,10 +501,14 @@ def _codes(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[Any]]:
     """Encode a column as codes into its distinct values."""
     if column.null_count:
         raise ValueError("per-image scores have an empty cell in track, method, variant, subject, image_id or metric")
-    if pa.types.is_dictionary(column.type):  # its dictionary may hold values that a filter has removed
-        column = column.cast(column.type.value_type)
-    encoded = column.combine_chunks().dictionary_encode()
-    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+    encoded = column.unify_dictionaries().combine_chunks()
+    if not pa.types.is_dictionary(column.type):
+        encoded = encoded.dictionary_encode()
+    codes, known = encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+    used = np.flatnonzero(np.bincount(codes, minlength=len(known)))  # a filter removes rows, and no known values
+    if len(used) < len(known):
+        codes, known = np.searchsorted(used, codes), [known[code] for code in used]
+    return codes, known
 
 
 def _natural(image_id: Any) -> tuple[int, int, str]:

@@ -152,7 +152,8 @@ def _line(key: tuple[str, str, str, str], entries: Sequence[Entry], rules: Rules
     sides = [Side(entry.name, _shared(entry.table, metrics), protocol, digest) for entry in entries]
     steps, note = [], ""
     try:
-        steps = [check(after, before, own) for before, after in zip(sides, sides[1:], strict=False)] if metrics else []
+        pairs = zip(sides, sides[1:], strict=False) if metrics else ()
+        steps = [check(after, before, own, list_images=False) for before, after in pairs]
     except ValueError as error:  # too few images, say: the line can be listed all the same
         note = f"checkpoints are not compared with each other: {error}"
     return Line(variant, track, protocol, digest, tuple(entries), metrics, tuple(changes), tuple(steps), note)
