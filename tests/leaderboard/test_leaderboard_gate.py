@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -362,3 +363,11 @@ def test_few_checkpoints_show_nothing() -> None:
 def test_an_undefined_score_has_no_place_in_a_sequence() -> None:
     with pytest.raises(ValueError, match="undefined"):
         change_points(np.array([[0.1], [np.nan]]))
+
+
+def test_the_verdict_does_not_depend_on_whether_images_are_listed() -> None:
+    old = cells(3)
+    sides = side(moved(old, SSIM=-0.1), "new"), side(old, "old")
+    with_images, without = check(*sides, QUICK), check(*sides, QUICK, list_images=False)
+    assert with_images.worse and without.worse == ()
+    assert dataclasses.replace(with_images, worse=()) == without

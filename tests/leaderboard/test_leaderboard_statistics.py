@@ -4,13 +4,22 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from leaderboard.statistics import bootstrap_interval, bootstrap_means, compare, permutation_p, scores, summarise
+from leaderboard.statistics import (
+    bootstrap_interval,
+    bootstrap_means,
+    compare,
+    joined,
+    permutation_p,
+    scores,
+    summarise,
+)
 from metrics.cards import CARDS
 
 A, B = ("Brain-IT", "a"), ("Brain-IT", "b")
@@ -39,6 +48,26 @@ def test_scores_takes_pandas_and_mappings_and_dictionary_columns(table_of):
     encoded = table.set_column(1, "method", table["method"].dictionary_encode())
     for other in (table.to_pandas(), table.to_pydict(), encoded, encoded.to_pandas()):
         np.testing.assert_array_equal(scores(other).values, scores(table).values)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_arranged_one_by_one_and_joined_are_those_of_one_table(table_of, seed):
+    """With other metrics, subjects and images each, undefined scores among them, and known words that are not used."""
+    generator = np.random.default_rng(seed)
+    tables = []
+    for number in range(1 + seed % 4):
+        keys = generator.choice(list(CARDS), generator.integers(1, 4), replace=False)
+        cells = {str(key): generator.random((3, 6)) for key in keys}
+        cells[str(keys[0])][0, 0] = np.nan
+        whole = table_of({("Brain-IT", f"v{number}"): cells})
+        kept = generator.random(whole.num_rows) < 0.7
+        kept[0] = True
+        tables.append(whole.set_column(6, "metric", whole["metric"].dictionary_encode()).filter(pa.array(kept)))
+    found, expected = joined([scores(table) for table in tables]), scores(pa.concat_tables(tables))
+    np.testing.assert_array_equal(found.values, expected.values)
+    np.testing.assert_array_equal(found.undefined, expected.undefined)
+    for name in ("keys", "metrics", "subjects", "image_ids"):
+        assert getattr(found, name) == getattr(expected, name)
 
 
 def test_image_ids_are_ordered_as_numbers(table_of):
