@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -9,12 +10,15 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import rankdata
+from torch import Tensor, nn
 
 from benchmark.cli import main_guard
 from benchmark.perf import __main__ as command
@@ -400,3 +404,70 @@ def test_entries_without_a_goal_are_told_without_a_verdict(toy: Any, capsys: pyt
     assert json.loads(capsys.readouterr().out)["entries"][0]["reached"] == {"faster": True}
     assert call("generate", "--list") == 0
     assert "goal:       cpu: none; cuda: 5 times faster\n" in capsys.readouterr().out
+
+
+# --- what training computes, against the plain forms, in both of its precisions ----------------------------------------
+
+
+def relative_errors(
+    model: nn.Module, exact: nn.Module, output: Callable[[nn.Module], Tensor], plain: Callable[[nn.Module], Tensor]
+) -> dict[str, float]:
+    """Distance of values and gradients from the plain form's in float64, in terms of their size."""
+    got, want = output(model), plain(exact)
+    direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (got.double() * direction).sum().backward()
+    (want * direction).sum().backward()
+    of_exact = dict(exact.named_parameters())
+    pairs = {"values": (got.detach().double(), want.detach())}
+    pairs |= {
+        name: (p.grad.double(), of_exact[name].grad) for name, p in model.named_parameters() if p.grad is not None
+    }
+    assert len(pairs) > 10 and all(b is not None for _, b in pairs.values())
+    return {name: float((a - b).norm() / b.norm()) for name, (a, b) in pairs.items() if b.norm() > 1e-9}
+
+
+@pytest.mark.parametrize(("half", "allowed"), [(False, 1e-4), (True, 0.05)])
+def test_the_encoder_is_its_equations_in_float32_and_in_bf16(half: bool, allowed: float) -> None:
+    from benchmark.perf import encoder
+
+    inputs = encoder._prepare(QUICK)
+    model = inputs.encoder.eval()  # dropout of either precision is another one
+    exact = copy.deepcopy(model).double()
+    features = [tap.detach().double() for tap in inputs.features]
+
+    def ours(one: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found: Tensor = one(inputs.features, inputs.voxels)
+        return found
+
+    errors = relative_errors(model, exact, ours, lambda one: encoder.plain(one, features, inputs.voxels))
+    assert {name: error for name, error in errors.items() if error > allowed} == {}
+
+
+@pytest.mark.parametrize("branch", ["lowlevel", "semantic"])
+@pytest.mark.parametrize(("half", "allowed"), [(False, 1e-4), (True, 0.06)])
+def test_a_bit_is_its_plain_form_in_float32_and_in_bf16(branch: Any, half: bool, allowed: float) -> None:
+    from benchmark.perf import bit_step
+
+    inputs = bit_step._prepare(QUICK, branch)
+    bit, exact = inputs.bit, copy.deepcopy(inputs.bit).double()
+    plain = bit_step.PlainBIT(exact)
+
+    def ours(one: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found: Tensor = one(inputs.betas, inputs.subject, inputs.keep, inputs.queries)
+        return found
+
+    def written_plainly(one: Any) -> Tensor:
+        found: Tensor = plain(inputs.betas.double(), inputs.subject, inputs.keep, inputs.queries)
+        return found
+
+    class Named(nn.Module):
+        """The plain form's parameters by the names of the BIT's."""
+
+        def named_parameters(self, *_: Any, **__: Any) -> Any:
+            return [(name.replace(".conv.", "."), p) for name, p in plain.named_parameters()]
+
+    errors = relative_errors(bit, Named(), ours, written_plainly)
+    errors.pop("tokenizer.lin_key.bias", None)  # zero but for rounding: the softmax cancels it
+    assert {name: error for name, error in errors.items() if error > allowed} == {}
