@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from methods.brain_it.losses import encoder_loss, info_nce, multi_layer_info_nce
 
@@ -40,29 +38,18 @@ def test_info_nce_equals_cross_entropy_of_the_full_matrix(chunk: int | None, sca
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the elements of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
-        return out
-
-
-def test_chunks_never_hold_the_full_matrix() -> None:
+def test_chunks_never_hold_the_full_matrix(largest: Any) -> None:
     pred, target = tokens(60, 5)
-    with LargestTensor() as largest:
+    with largest:
         info_nce(pred, target, chunk=10).backward()
     assert largest.elements <= 10 * 60
 
 
-def test_large_matrices_are_taken_in_chunks_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_matrices_are_taken_in_chunks_by_themselves(largest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("methods.brain_it.losses._LOGITS_CPU", 300)
     for rows in (17, 18, 60, 400):  # 17 x 17 fits
         pred, target = tokens(rows, 5)
-        with LargestTensor() as largest:
+        with largest:
             loss = info_nce(pred, target)
             got = torch.autograd.grad(loss, (pred, target))
         assert largest.elements <= max(300, 5 * rows)
