@@ -601,16 +601,17 @@ def _report(
     from leaderboard.orderings import differences_lines
 
     report = write_report(args.out, store, sweep, trainings, main_name)
+    answer = report.answer
     print()
-    print_table(report.ranking, report.notes)
-    for sentence in report.sentences:
+    print_table(report.ranking, answer.notes)
+    for sentence in answer.sentences:
         print(sentence)
-    if report.orderings:
+    if answer.orderings:
         print()
-        print_orderings(report.orderings, sweep.answers)
-    elif report.differences:
-        print("\npaired over images" + (" and seeds:" if report.differences[0].seeds > 1 else ":"))
-        print("\n".join(f"  {line}" for line in differences_lines(report.differences)))
+        print_orderings(answer.orderings, sweep.answers)
+    elif answer.differences:
+        print("\npaired over images" + (" and seeds:" if answer.differences[0].seeds > 1 else ":"))
+        print("\n".join(f"  {line}" for line in differences_lines(answer.differences)))
     if report.ranking.track == "paper":  # on another track no printed number compares with ours
         from leaderboard.formats import print_beside, print_published
         from leaderboard.published import published

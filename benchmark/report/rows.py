@@ -31,7 +31,7 @@ from leaderboard import (
     compare,
     summarise,
 )
-from leaderboard.orderings import Difference, differences, orderings
+from leaderboard.orderings import differences, orderings
 from leaderboard.published import published
 from leaderboard.results import RESULTS, write_result
 from leaderboard.site import SHOWN, telling
@@ -48,12 +48,8 @@ class Report:
     """What a sweep came to."""
 
     ranking: Ranking
-    notes: Mapping[str, str]
-    sentences: tuple[str, ...]
     page: Path
     answer: Answer
-    orderings: tuple[Ordering, ...] = ()  # of the published table that the sweep answers
-    differences: tuple[Difference, ...] = ()  # of every variant from the main one
 
 
 @dataclass(frozen=True)
@@ -214,7 +210,7 @@ def write_report(
         pictures=pictures,
     )
     answer.save(out)
-    return Report(ranking, notes, sentences, folder / "index.html", answer, found, apart)
+    return Report(ranking, folder / "index.html", answer)
 
 
 def _orderings(

@@ -246,7 +246,7 @@ def test_notes_name_what_stands_in_for_each_network(tiny_run: Any, tmp_path: Pat
 
 def test_the_papers_orderings_are_asked_against_the_main_variant(tiny_run: Any, tmp_path: Path) -> None:
     report = write(tiny_run, tmp_path, NAMES)
-    found = report.orderings
+    found = report.answer.orderings
     assert {one.reference for one in found} == {"clusters=128"}
     assert {one.variant for one in found} == set(NAMES) - {"clusters=128"}
     printed = published()["brainit_T3_k8"].metrics["PixCorr"] - published()["brainit_40h"].metrics["PixCorr"]
