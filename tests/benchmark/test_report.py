@@ -174,7 +174,7 @@ def test_a_part_of_a_sweep_can_be_reported(tiny_run: Any, tmp_path: Path) -> Non
 
 
 def test_the_low_level_image_is_compared_with_the_mean_image(tiny_run: Any, tmp_path: Path) -> None:
-    (sentence,) = write(tiny_run, tmp_path, ["clusters=128"]).sentences
+    (sentence,) = write(tiny_run, tmp_path, ["clusters=128"]).answer.sentences
     pixcorr = {}
     for role, kind in (("score", "lowlevel"), ("references", "mean image")):
         scores = pq.read_table(tiny_run.folder(role) / "scores.parquet").to_pandas()
@@ -238,7 +238,7 @@ def test_the_cost_of_several_seeds_is_that_of_one_training(
 
 
 def test_notes_name_what_stands_in_for_each_network(tiny_run: Any, tmp_path: Path) -> None:
-    notes = write(tiny_run, tmp_path, ["clusters=128"]).notes
+    notes = write(tiny_run, tmp_path, ["clusters=128"]).answer.notes
     demo = PROTOCOLS["demo"]
     assert notes == {key: demo.describe(key) for key in demo.slots}
     assert all("stand-in" in note for note in notes.values()) and np.all([key in CARDS for key in notes])
