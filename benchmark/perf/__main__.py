@@ -123,6 +123,9 @@ def table(found: Measured) -> str:
         text.append(f"  {check.name}: largest difference {what}, allowed {check.tolerance:g}{told}")
     if found.quick:
         return "\n".join([*text, "  a quick run: its times and memory mean nothing"])
+    for row in found.parts:
+        if row.whole_hours is not None:
+            text.append(f"  {row.part}: the paper's whole training at this rate: {row.whole_hours:,.1f} hours")
     for verdict in found.verdicts:
         reached = "reached" if verdict.reached else "missed"
         if verdict.what in found.goal.seconds:

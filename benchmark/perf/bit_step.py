@@ -238,6 +238,12 @@ def _floor(job: Job, branch: Branch) -> Floor:
     return Floor(operations(job, branch), 7 * 4.0 * parameters)
 
 
+def _whole(job: Job, branch: Branch) -> float:
+    """How many of these steps have as many examples as the paper's training of the branch."""
+    training = _sizes(job, branch).config.training
+    return float(training.total_steps * training.accumulate * _SHARE)
+
+
 def _part(name: str, branch: Branch) -> Part:
     return Part(
         name,
@@ -245,6 +251,7 @@ def _part(name: str, branch: Branch) -> Part:
         ours=partial(ours, branch=branch),
         reference=partial(reference, branch=branch),
         floor=partial(_floor, branch=branch),
+        whole=partial(_whole, branch=branch),
     )
 
 

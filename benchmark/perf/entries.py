@@ -193,6 +193,7 @@ class Part:
         ours, reference: take the inputs and return named arrays; timed. They raise where a result that has no
             counterpart is wrong.
         floor: the least work it takes; None where nothing of the kind can be counted.
+        whole: how many times the paper's training does this; None where it is not a piece of one.
         starts_processes: whether the work is done in processes that it starts. Then nothing is warmed up, and the
             memory is that of the largest of them.
     """
@@ -202,6 +203,7 @@ class Part:
     ours: Callable[[Any, Job], Results]
     reference: Callable[[Any, Job], Results] | None = None
     floor: Callable[[Job], Floor] | None = None
+    whole: Callable[[Job], float] | None = None
     starts_processes: bool = False
 
 

@@ -47,12 +47,19 @@ class Row:
         part: name of the part, or "total".
         reference: None where there is none.
         floor_s: seconds that the machine needs at least, by its measured rates; None where that was not counted.
+        whole: how many times the paper's training does this; None where it is not a piece of one.
     """
 
     part: str
     ours: Spent
     reference: Spent | None
     floor_s: float | None
+    whole: float | None = None
+
+    @property
+    def whole_hours(self) -> float | None:
+        """Hours of the paper's whole training at our rate."""
+        return None if self.whole is None else self.whole * self.ours.wall_s / 3600
 
     @property
     def faster(self) -> float | None:
@@ -147,6 +154,7 @@ class Measured:
                 "smaller": row.smaller,
                 "floor_s": row.floor_s,
                 "of_limit": row.of_limit,
+                "whole_hours": row.whole_hours,
             }
 
         return {
@@ -199,7 +207,7 @@ def measure(entry: Entry, job: Job, machine: Machine, *, runs: int, progress: Pr
     for k, part in enumerate(report["parts"]):
         took = spent(slice(k, k + 1))
         floor = None if part["floor"] is None else Floor(**part["floor"]).seconds(machine.matmul, machine.copy)
-        rows.append(Row(part["part"], took["ours"], took.get("reference"), floor))
+        rows.append(Row(part["part"], took["ours"], took.get("reference"), floor, part["whole"]))
     floors = [row.floor_s for row in rows]
     took = spent(slice(None))
     least = None if None in floors else sum(floor for floor in floors if floor is not None)

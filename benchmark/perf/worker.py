@@ -72,7 +72,8 @@ def _measure(name: str, side: str, job: Job, folder: Path) -> dict[str, Any]:
         results |= found
         spent = {"wall_s": wall, "cpu_s": cpu, "peak_bytes": max(most, 0)}
         floor = None if part.floor is None else dataclasses.asdict(part.floor(job))
-        parts.append({"part": part.name, **spent, "floor": floor})
+        whole = None if part.whole is None else part.whole(job)
+        parts.append({"part": part.name, **spent, "floor": floor, "whole": whole})
     np.savez(folder / RESULTS, **results)
     return {"parts": parts, "tolerances": dict(module.TOLERANCES)}
 

@@ -121,7 +121,7 @@ def test_medians_over_runs_in_turn(toy: Any, monkeypatch: pytest.MonkeyPatch) ->
         order.append(side)
         np.savez(folder / "results.npz", squares=np.zeros(2))
         spent = {"wall_s": next(seconds), "cpu_s": 1.0, "peak_bytes": 7 + len(order)}
-        part = {"part": "squares", **spent, "floor": {"operations": 1e9, "nbytes": 3e9}}
+        part = {"part": "squares", **spent, "floor": {"operations": 1e9, "nbytes": 3e9}, "whole": 7200.0}
         return {"parts": [part, part], "tolerances": {"squares": 0}}
 
     monkeypatch.setattr(harness, "_worker", worker)
@@ -131,6 +131,10 @@ def test_medians_over_runs_in_turn(toy: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert (found.total.ours.wall_s, found.total.reference.wall_s, found.total.faster) == (4.0, 40.0, 10.0)
     assert found.total.ours.peak_bytes == 11  # of 8, 11 and 12
     assert found.total.floor_s == 6.0  # the bytes of both parts
+    assert [row.whole_hours for row in found.parts] == [4.0, 4.0] and found.total.whole_hours is None
+    assert "squares: the paper's whole training at this rate: 4.0 hours" in command.table(
+        dataclasses.replace(found, quick=False)
+    )
 
 
 def test_results_must_match_in_shape_and_in_what_is_undefined(tmp_path: Path) -> None:
@@ -381,6 +385,14 @@ def test_samples_drawn_together_are_those_of_single_reads() -> None:
     assert root.is_dir()
     del stored
     assert not root.exists()
+
+
+def test_a_step_is_as_many_as_the_papers_training_has() -> None:
+    """Sec. 3.2 and App. D: 60 epochs of 2,900 batches of 64 and of 128, in steps of an eighth of these."""
+    from benchmark.perf import bit_step
+
+    full = dataclasses.replace(QUICK, quick=False)
+    assert [part.whole(full) for part in bit_step.PARTS if part.whole] == [60 * 2900 * 8] * 2
 
 
 def test_images_sampled_together_are_those_of_single_images() -> None:
