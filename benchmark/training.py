@@ -322,8 +322,11 @@ def reading_threads() -> int:
 def _quiet_threads(count: int) -> ThreadPoolExecutor:
     """Return threads whose torch operations stay in them: more teams of threads would fight for the step's cores."""
     own, all_there = torch.get_num_threads(), threading.Barrier(count)
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def alone() -> None:
+        if gpu is not None:  # else pinned memory would be asked for in the name of the first GPU
+            torch.cuda.set_device(gpu)
         torch.set_num_threads(1)
         torch.get_num_threads()  # torch takes the number over when it is first asked in a thread
         all_there.wait()
