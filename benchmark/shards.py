@@ -12,12 +12,9 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 INDEX = "shards.json"
 ROWS = 1024  # of CLIP bigG tokens: 0.9 GB a file
