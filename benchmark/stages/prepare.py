@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from benchmark.data.simulate import simulate
 from benchmark.data.sources import open_tree
 from benchmark.data.splits import make_splits
 from benchmark.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 TREE = "nsd"  # folder of the simulated tree inside the stage's folder
 CHUNK = 256
