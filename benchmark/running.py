@@ -146,7 +146,7 @@ def run_sweep(
     from benchmark.graph import Plan
     from benchmark.launch import make_launcher, raise_failures
     from benchmark.official import told
-    from benchmark.stages import variant_stages
+    from benchmark.stages import owners, variant_stages
     from benchmark.store import Store
 
     slurm, parallel = args.launcher == "slurm", 1 if args.parallel is None else args.parallel
@@ -196,11 +196,7 @@ def run_sweep(
     if parts:
         print(told(parts, main[0]), flush=True)
     if args.preset == "paper":
-        owner = {
-            stage.fingerprint: name
-            for name, own in reversed(stages.items())
-            for stage in Plan.of([own.end, own.references]).stages
-        }
+        owner = owners(stages)
         problems += missing_disk(args.out, needed_disk(decisions, variants, owner))
         if args.dry_run:
             print("\n".join(plan_lines(decisions, variants, owner)))

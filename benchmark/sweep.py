@@ -97,7 +97,7 @@ def _estimates(args: argparse.Namespace) -> int:
     from benchmark.estimate import sweep_lines
     from benchmark.graph import Plan
     from benchmark.running import resolve_variants
-    from benchmark.stages import variant_stages
+    from benchmark.stages import owners, variant_stages
     from benchmark.sweeps import load_sweep, sweep_names
 
     sweeps = {}
@@ -108,13 +108,9 @@ def _estimates(args: argparse.Namespace) -> int:
             name: variant_stages(variant, name, "missing", absent="missing") for name, variant in variants.items()
         }
         main = stages[sweep.variant(sweep.axis.main)]
-        owner = {
-            stage.fingerprint: variants[label]
-            for label, own in stages.items()
-            for stage in Plan.of([own.end, own.references]).stages
-        }
+        owner = owners(stages)
         ends = [own.end for own in stages.values()] + ([main.references] if main.synthetic is None else [])
-        sweeps[sweep.name] = [(stage, owner[stage.fingerprint]) for stage in Plan.of(ends).stages]
+        sweeps[sweep.name] = [(stage, variants[owner[stage.fingerprint]]) for stage in Plan.of(ends).stages]
     print("\n".join(sweep_lines(sweeps)))
     return 0
 

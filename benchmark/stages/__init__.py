@@ -20,7 +20,7 @@ from benchmark.config import (
 )
 from benchmark.data.settings import SIMULATION_VERSION
 from benchmark.errors import UserError
-from benchmark.graph import Resources, Stage
+from benchmark.graph import Plan, Resources, Stage
 from benchmark.predictors import methods
 from benchmark.weights import network_digests
 from methods.predictors import Method, Network
@@ -77,6 +77,15 @@ class VariantStages:
 
         visit(self.score)
         return tuple(found.values())
+
+
+def owners(stages: dict[str, VariantStages]) -> dict[str, str]:
+    """Return fingerprint of every stage, references included -> name of the first variant that it belongs to."""
+    return {
+        stage.fingerprint: name
+        for name, own in reversed(stages.items())
+        for stage in Plan.of([own.end, own.references]).stages
+    }
 
 
 def variant_stages(

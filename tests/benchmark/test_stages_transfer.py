@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmark import networks
-from benchmark.config import QUICK, Variant, demo, paper
+from benchmark.config import QUICK, SMALLEST, Variant, demo, paper
 from benchmark.context import StageContext
 from benchmark.data.nsd import NSD
 from benchmark.data.prepare import prepare as make_store
@@ -45,27 +45,10 @@ pytestmark = pytest.mark.timeout(900)  # the first test that needs the finished 
 NEW = 2  # held out
 AMOUNTS = ("15min", "450", "30min", "1h", FULL)
 SMALL = {
+    **SMALLEST,
     "data.simulation.subjects": 3,
-    "data.simulation.shared": 8,
-    "data.simulation.unique": 16,
-    "data.simulation.voxels": 80,
     "data.simulation.external": 30,
-    **{
-        f"{part}.{key}": value
-        for part in ("lowlevel", "semantic")
-        for key, value in {"dim": 16, "heads": 2, "batch": 8, "training.steps": 4, "training.validate_every": 2}.items()
-    },
-    "encoder.training.steps": 4,
-    "encoder.training.validate_every": 2,
     "clustering.n_clusters": 12,
-    "joint.batch": 4,
-    "joint.training.steps": 2,
-    "joint.training.validate_every": 1,
-    "dip.channels": 4,
-    "dip.steps": 2,
-    "generation.steps": 3,
-    "generation.start_step": 1,
-    "generation.test_images": 4,
     "transfer.subject": NEW,
     "transfer.encoder.epochs": 2,
     "transfer.lowlevel.epochs": 1,
